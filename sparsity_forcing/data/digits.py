@@ -1,0 +1,156 @@
+"""The `digits` source: questions about real handwritten digits on a cluttered canvas.
+
+Every digit is a scan of scikit-learn's ``load_digits`` (UCI Optical Recognition of Handwritten Digits, 8x8 pixels).
+A canvas is a grid of cells, one scan or one piece of clutter per cell, so that one visual token of the default model
+(8x8 pixels) sees one cell. A few digits are coloured, the rest is grey: most visual tokens do not matter for a
+question, and which ones matter depends on the question.
+
+Splits are by scan: no scan, and so no handwriting sample, is in two splits.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+CELL = 8  # pixels per cell side: the size of one scan
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (1.0, 0.15, 0.15),
+    "green": (0.15, 0.9, 0.2),
+    "blue": (0.25, 0.4, 1.0),
+    "yellow": (1.0, 0.9, 0.1),
+}
+TASKS = ("read", "count", "sum")
+COLOURED_DIGITS = 4
+SPLITS = {"train": slice(0, 1097), "validation": slice(1097, 1297), "test": slice(1297, 1797)}
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Scans of one split. ``pixels``: (n, 8, 8) float32 in [0, 1]; ``labels``: (n,) digit 0-9."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@cache
+def load_scans(split: str) -> Scans:
+    """The scans of ``train``, ``validation`` or ``test``."""
+    from sklearn.datasets import load_digits
+
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; one of {sorted(SPLITS)}")
+    digits = load_digits()
+    part = SPLITS[split]
+    return Scans((digits.images[part] / 16.0).astype(np.float32), digits.target[part].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """One rendered question.
+
+    ``pixels``: (8 * grid, 8 * grid, 3) uint8. ``relevant_cells``: row-major cell indices the question needs;
+    ``coloured_cells``: all coloured digits.
+    """
+
+    pixels: np.ndarray
+    task: str
+    question: str
+    answer: str
+    relevant_cells: tuple[int, ...]
+    coloured_cells: tuple[int, ...]
+    scans: tuple[int, ...]
+
+    def png(self) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(self.pixels).save(buffer, format="PNG", optimize=False)
+        return buffer.getvalue()
+
+
+def render(
+    rng: np.random.Generator,
+    scans: Scans,
+    grid: int,
+    task: str,
+    grey_share: float = 0.1,
+    clutter_share: float = 0.16,
+    coloured: int = COLOURED_DIGITS,
+) -> Canvas:
+    """Draws one canvas of ``grid`` x ``grid`` cells and a question of ``task`` about it.
+
+    ``grey_share`` and ``clutter_share`` are the shares of cells that hold a grey digit or scrambled strokes,
+    ``coloured`` is the number of coloured digits (at least 2; fewer make an easier canvas).
+    """
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is unknown to the digits source; one of {list(TASKS)}")
+    cells = grid * grid
+    grey, clutter = round(grey_share * cells), round(clutter_share * cells)
+    if cells < coloured + grey + clutter:
+        raise ValueError(f"a {grid}x{grid} grid has {cells} cells, too few for {coloured + grey + clutter}")
+    places = rng.permutation(cells)[: coloured + grey + clutter]
+    scan_ids = rng.integers(len(scans), size=len(places))
+    colours, question, wanted = _question(rng, task, coloured)
+    labels = scans.labels[scan_ids]
+
+    pixels = np.zeros((grid, grid, CELL, CELL, 3), np.float32)
+    for order, (place, scan_id) in enumerate(zip(places, scan_ids, strict=True)):
+        scan = scans.pixels[scan_id]
+        if order >= coloured + grey:  # clutter: the same strokes, scrambled
+            scan = rng.permutation(scan.ravel()).reshape(CELL, CELL) * 0.7
+        tint = COLOURS[colours[order]] if order < coloured else (0.65, 0.65, 0.65)
+        pixels[place // grid, place % grid] = scan[..., None] * np.asarray(tint, np.float32)
+    image = pixels.transpose(0, 2, 1, 3, 4).reshape(grid * CELL, grid * CELL, 3)
+    noise = rng.integers(0, 4, size=(grid * CELL, grid * CELL, 1)) * 12  # few levels: PNG stays small
+    image = np.clip(np.rint(image * 207) + noise, 0, 255).astype(np.uint8)
+
+    cells_by_order = [int(place) for place in places[:coloured]]
+    return Canvas(
+        pixels=image,
+        task=task,
+        question=question,
+        answer=_answer(task, colours, wanted, labels),
+        relevant_cells=tuple(sorted(cells_by_order[i] for i in range(coloured) if colours[i] in wanted)),
+        coloured_cells=tuple(sorted(cells_by_order)),
+        scans=tuple(int(i) for i in scan_ids),
+    )
+
+
+def _question(rng: np.random.Generator, task: str, coloured: int) -> tuple[list[str], str, list[str]]:
+    """Colours of the coloured digits, the question, and the colours it asks for."""
+    names = list(COLOURS)
+    rng.shuffle(names)
+    if task == "count":
+        times = int(rng.integers(1, coloured + 1))
+        others = [names[1 + int(i)] for i in rng.integers(len(names) - 1, size=coloured - times)]
+        return [names[0]] * times + others, f"how many digits are {names[0]}?", names[:1]
+    asked = 1 if task == "read" else 2
+    others = [names[asked + int(i)] for i in rng.integers(len(names) - asked, size=coloured - asked)]
+    if task == "read":
+        question = f"which digit is {names[0]}?"
+    else:
+        question = f"what is the sum of {names[0]} and {names[1]}?"
+    return names[:asked] + others, question, names[:asked]
+
+
+def _answer(task: str, colours: list[str], wanted: list[str], labels: np.ndarray) -> str:
+    if task == "count":
+        return str(colours.count(wanted[0]))
+    if task == "read":
+        return str(int(labels[0]))
+    first, second = int(labels[0]), int(labels[1])
+    return f"{wanted[0]} {first} {wanted[1]} {second} sum {first + second}"
+
+
+def corpus() -> list[str]:
+    """Every question and the words of every answer: what the tokenizer of the default model is trained on."""
+    names = list(COLOURS)
+    lines = [f"which digit is {a}?" for a in names] + [f"how many digits are {a}?" for a in names]
+    lines += [f"what is the sum of {a} and {b}?" for a in names for b in names if a != b]
+    return lines + [f"{a} 7 {b} 5 sum 12" for a in names for b in names if a != b]
