@@ -1,0 +1,47 @@
+"""The rules that turn attention mass into a kept set."""
+
+from __future__ import annotations
+
+import torch
+from sparsity_kernels import keep_highest, top_p_count
+from torch import Tensor
+
+from sparsity_forcing.params import RankBy, Rule
+
+
+def select(
+    mass: Tensor, seen_by: Tensor, droppable: Tensor, p: Tensor, rule: Rule = "top_p", rank_by: RankBy = "normalized"
+) -> Tensor:
+    """The droppable tokens that a layer keeps.
+
+    - ``top_p``: b tokens, b the smallest count whose largest raw masses reach p of the droppable mass.
+    - ``top_k``: ceil(p · |D|) tokens.
+    - ``threshold``: the tokens with at least (1 − p) of the largest droppable mass.
+
+    Under ``top_p`` and ``top_k`` the kept tokens are those that rank highest: ``normalized`` ranks by mass divided by
+    the number of scoring rows that see the token (ZipVL, arXiv 2410.08584), ``raw`` by mass. Ties go to the lower
+    index. At p = 1 every rule keeps everything.
+
+    Args:
+        mass: (batch, length) float32. seen_by: (batch, length) number of scoring rows that see the token.
+        droppable: (batch, length) bool. p: (batch,) float32 in (0, 1].
+
+    Returns:
+        (batch, length) bool, never True outside ``droppable``.
+
+    Raises:
+        ValueError: a mass is not finite or p is outside (0, 1].
+    """
+    if not bool(((p > 0) & (p <= 1)).all()):
+        raise ValueError(f"budget p must be in (0, 1], got {p.tolist()}")
+    if not bool(torch.isfinite(mass.masked_fill(~droppable, 0)).all()):
+        raise ValueError("attention mass is not finite: the model's attention logits hold NaN or infinity")
+    if rule == "threshold":
+        floor = (1 - p[:, None]) * mass.masked_fill(~droppable, 0).amax(-1, keepdim=True)
+        return droppable & (mass >= floor)
+    if rule == "top_k":
+        count = torch.ceil(p.double() * droppable.sum(-1) - 1e-6).long()
+    else:
+        count = top_p_count(mass, droppable, p)
+    rank = mass / seen_by.clamp_min(1) if rank_by == "normalized" else mass
+    return keep_highest(rank, droppable, count)
