@@ -132,10 +132,7 @@ def _question(rng: np.random.Generator, task: str, coloured: int) -> tuple[list[
         return [names[0]] * times + others, f"how many digits are {names[0]}?", names[:1]
     asked = 1 if task == "read" else 2
     others = [names[asked + int(i)] for i in rng.integers(len(names) - asked, size=coloured - asked)]
-    if task == "read":
-        question = f"which digit is {names[0]}?"
-    else:
-        question = f"what is the sum of {names[0]} and {names[1]}?"
+    question = f"which digit is {names[0]}?" if task == "read" else f"what is the sum of {names[0]} and {names[1]}?"
     return names[:asked] + others, question, names[:asked]
 
 

@@ -7,7 +7,6 @@ parquet file, so a split is one file. Writing the same rows twice gives the same
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from sparsity_forcing.files import replace_file
 
 SPLITS = ("train", "validation", "test")
 SCHEMA = pa.schema(
@@ -101,16 +102,9 @@ class RowWriter:
 
 def write_rows(rows: Iterable[Row], path: str | Path) -> None:
     """Writes ``rows`` to ``path`` under a temporary name, then renames: the file is whole or the old one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with RowWriter(temporary) as writer:
-            for row in rows:
-                writer.add(row)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_file(path) as temporary, RowWriter(temporary) as writer:
+        for row in rows:
+            writer.add(row)
 
 
 def iterate_rows(path: str | Path) -> Iterator[Row]:
