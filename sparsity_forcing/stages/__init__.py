@@ -1,0 +1,1 @@
+"""The steps of the pipeline: one thin module each, `run(params, root) -> metrics`."""

@@ -1,0 +1,31 @@
+"""Fixtures that several folders of tests share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_tracking(monkeypatch):
+    """No test writes into a tracking server that the developer's shell points at."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session")
+def migrated_store(tmp_path_factory) -> Path:
+    """An empty MLflow SQLite file. Its first use pays some 20 s of migrations, so the whole session shares them."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def workspace(tmp_path, migrated_store) -> Path:
+    """An empty workspace whose MLflow store is ready: `Tracker(params, workspace)` writes into it."""
+    shutil.copy(migrated_store, tmp_path / "mlflow.db")
+    return tmp_path
