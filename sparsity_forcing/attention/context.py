@@ -74,7 +74,7 @@ class SparseContext:
             self.selection_logps[layer] = self._log_density(log_mass, self.perturbed[layer])
             return self.replay[layer]
         if log_mass is not None:
-            noise = torch.randn(log_mass.shape, generator=self.generator, dtype=torch.float32).to(log_mass.device)
+            noise = torch.randn(log_mass.shape, generator=self.generator, device=log_mass.device)
             self.perturbed[layer] = log_mass + self.sigma * noise
             self.selection_logps[layer] = self._log_density(log_mass, self.perturbed[layer])
             mass = self.perturbed[layer].exp()

@@ -1,0 +1,89 @@
+"""Checkpoints of a long stage: whole or absent, verified when read, tied to what they belong to.
+
+`directory/<fingerprint>/step-000050/` holds what the stage wrote and `manifest.json` with the sha256 of every file. The
+fingerprint names everything that decides the stage's result: another configuration never resumes from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsity_forcing.files import replace_directory, write_json_atomic
+
+_log = logging.getLogger(__name__)
+_MANIFEST = "manifest.json"
+
+
+def fingerprint(values: object, files: tuple[Path, ...] = ()) -> str:
+    """16 hexadecimal digits that change when ``values`` (JSON) or the content of ``files`` changes."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    for file in sorted(files):
+        digest.update(_sha256(file).encode())
+    return digest.hexdigest()[:16]
+
+
+class Checkpoints:
+    """The checkpoints of one configuration.
+
+    Args:
+        directory: shared by all configurations of a stage.
+        fingerprint: of this configuration.
+        keep: how many of the newest stay; at least 2, so that a corrupted one has one before it.
+    """
+
+    def __init__(self, directory: Path, fingerprint: str, keep: int = 2) -> None:
+        if keep < 2:
+            raise ValueError(f"keep must be at least 2, got {keep}: the newest may turn out corrupted")
+        self.directory, self.keep = Path(directory) / fingerprint, keep
+
+    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Lets ``write`` fill a temporary directory, seals it with a manifest and renames it; drops the oldest."""
+        path = self.directory / f"step-{step:06d}"
+        with replace_directory(path) as temporary:
+            write(temporary)
+            sums = {str(f.relative_to(temporary)): _sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+            write_json_atomic(temporary / _MANIFEST, {"step": step, "sha256": sums})
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(old)
+        return path
+
+    def latest(self) -> tuple[int, Path] | None:
+        """Step and directory of the newest whole checkpoint. A corrupted one is named in the log and passed over."""
+        for path in reversed(self._all()):
+            fault = _fault(path)
+            if fault is None:
+                return int(path.name.removeprefix("step-")), path
+            _log.warning("checkpoint %s is corrupted (%s); falling back to the one before", path, fault)
+        return None
+
+    def clear(self) -> None:
+        """Removes all checkpoints of the stage, those of other configurations too: the stage has its result."""
+        shutil.rmtree(self.directory.parent, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        return sorted(path for path in self.directory.glob("step-*") if path.is_dir())
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None if it is whole."""
+    try:
+        sums = json.loads((path / _MANIFEST).read_text())["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{_MANIFEST}: {error}"
+    for name, expected in sums.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _sha256(file) != expected:
+            return f"{name} has another checksum than {_MANIFEST} says"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

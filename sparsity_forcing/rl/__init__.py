@@ -1,0 +1,1 @@
+"""The RL stage: rollouts, rewards, advantages, losses, trainer, checkpoints."""

@@ -1,0 +1,80 @@
+"""The GRPO loss with the selection term: a pure function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsity_forcing.params import TrainParams
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """``per_token_logps``, ``old_logps``, ``ref_logps``: (rows, tokens) float32; ``completion_mask``: same, bool.
+
+    ``selection_logps``, ``old_selection_logps``, ``advantages``: (rows,).
+    """
+
+    per_token_logps: Tensor
+    old_logps: Tensor
+    ref_logps: Tensor
+    completion_mask: Tensor
+    selection_logps: Tensor
+    old_selection_logps: Tensor
+    advantages: Tensor
+
+
+def grpo_loss(inputs: LossInputs, config: TrainParams) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss to minimise and its metrics.
+
+    Token term: −min(ρA, clip(ρ)A) + β·KL with ρ the ratio of current to rollout probability and KL the k3 estimate
+    exp(d) − d − 1, d = log π_ref − log π (Schulman, "Approximating KL divergence"). Selection term: the same clipped
+    surrogate on the density of the sampled selection, one ratio per rollout, times `selection_policy.weight`.
+
+    On-policy both ratios are 1, so the loss itself is near 0 (mean advantage 0); its gradient is not.
+    """
+    mask = inputs.completion_mask.float()
+    advantages = inputs.advantages[:, None]
+    surrogate, clipped = _clipped_surrogate(
+        inputs.per_token_logps - inputs.old_logps, advantages, config.epsilon, config.epsilon_high
+    )
+    gap = inputs.ref_logps - inputs.per_token_logps
+    kl = torch.exp(gap) - gap - 1
+    loss = aggregate(config.beta * kl - surrogate, mask, config.loss_type, config.max_completion_length)
+    selection, selection_clipped = _clipped_surrogate(
+        inputs.selection_logps - inputs.old_selection_logps, inputs.advantages, config.epsilon, config.epsilon_high
+    )
+    weight = config.selection_policy.weight if config.selection_policy.sigma > 0 else 0.0
+    if weight > 0:
+        loss = loss - weight * selection.mean()
+    tokens = mask.sum().clamp_min(1)
+    difference = ((inputs.per_token_logps - inputs.old_logps).abs() * mask).detach()
+    metrics = {
+        "kl": (kl * mask).sum() / tokens,
+        "clip_fraction": (clipped.float() * mask).sum() / tokens,
+        "selection_clip_fraction": selection_clipped.float().mean(),
+        "replay_max_difference": difference.max(),
+        "replay_mean_difference": difference.sum() / tokens,
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def aggregate(per_token: Tensor, mask: Tensor, loss_type: str, max_completion_length: int) -> Tensor:
+    """Mean of (rows, tokens) values: ``grpo`` per answer then over answers, ``dapo`` over all tokens, ``dr_grpo`` over
+    answers times the length limit (a constant, so that long answers are not favoured)."""
+    if loss_type == "grpo":
+        return ((per_token * mask).sum(-1) / mask.sum(-1).clamp_min(1)).mean()
+    if loss_type == "dapo":
+        return (per_token * mask).sum() / mask.sum().clamp_min(1)
+    if loss_type == "dr_grpo":
+        return (per_token * mask).sum() / (mask.shape[0] * max_completion_length)
+    raise ValueError(f"loss_type must be 'grpo', 'dapo' or 'dr_grpo', got {loss_type!r}")
+
+
+def _clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """min(ρA, clip(ρ)A) and where the clip holds the gradient back."""
+    ratio = torch.exp(log_ratio)
+    plain, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
+    return torch.minimum(plain, clipped), clipped < plain

@@ -1,0 +1,71 @@
+"""The joint reward r = correct + C · (1 − τ) of a group of rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """(queries, group) float32 each: ``total`` = ``correct`` + ``efficiency``."""
+
+    correct: Tensor
+    efficiency: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.correct + self.efficiency
+
+
+def joint_rewards(correct: Tensor, token_ratio: Tensor, weight_efficiency: float = 1.0) -> Rewards:
+    """Joint reward of every rollout (Sparsity Forcing, arXiv 2504.18579).
+
+    Args:
+        correct: (queries, group) scores in 0-1.
+        token_ratio: (queries, group) τ in 0-1.
+        weight_efficiency: factor of the efficiency part; 0 trains on correctness alone.
+
+    Returns:
+        C is 1 for a group in which any rollout scored above one half, else 0: an all-wrong group earns nothing for
+        being sparse.
+
+    Raises:
+        ValueError: shapes differ, or a score is not in 0-1.
+    """
+    if correct.shape != token_ratio.shape or correct.ndim != 2:
+        raise ValueError(f"want two (queries, group) tensors, got {tuple(correct.shape)} and {tuple(token_ratio.shape)}")
+    if not bool(((correct >= 0) & (correct <= 1)).all()):
+        raise ValueError("scores must be in 0-1 and not NaN")
+    anyone_right = (correct > 0.5).any(dim=1, keepdim=True).float()
+    return Rewards(correct.float(), weight_efficiency * anyone_right * (1 - token_ratio.float()))
+
+
+def group_advantages(
+    rewards: Tensor, scale: str = "group", budgets: Tensor | None = None, epsilon: float = 1e-4
+) -> Tensor:
+    """Advantage of every rollout: its reward minus the group's mean, scaled, and centred by budget.
+
+    Args:
+        rewards: (queries, group).
+        scale: divide by the standard deviation of the ``group`` (GRPO), of the whole ``batch``, or ``none``.
+        budgets: (queries, group) budgets; where given, the mean advantage of each budget over the batch is subtracted,
+            so that a rollout is compared with others of its budget and not paid for having drawn a low one.
+
+    Returns:
+        (queries, group) float32.
+    """
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "group":
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + epsilon)
+    elif scale == "batch":
+        advantages = advantages / (rewards.std() + epsilon)
+    elif scale != "none":
+        raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
+    if budgets is not None and rewards.shape[0] > 1:
+        for budget in torch.unique(budgets):
+            rows = budgets == budget
+            advantages = torch.where(rows, advantages - advantages[rows].mean(), advantages)
+    return advantages
