@@ -59,7 +59,7 @@ class Row:
     def label(self) -> str:
         """The task as results name it: with the grid where the row has one, as in ``read_8x8``."""
         grid = self.meta.get("grid")
-        return f"{self.task}_{grid}x{grid}" if grid is not None else self.task
+        return f"{self.task}_{grid}x{grid}" if isinstance(grid, int) else self.task
 
 
 class RowWriter:
