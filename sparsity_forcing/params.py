@@ -68,13 +68,36 @@ class DigitsParams(_Section):
             raise ValueError("needs at least one entry and no entry twice")
         return value
 
+    @model_validator(mode="after")
+    def _room_for_coloured_digits(self) -> Self:
+        if self.grey_share + self.clutter_share > 0.5:
+            raise ValueError(
+                f"grey_share + clutter_share must be at most 0.5 to leave room for the coloured digits, got "
+                f"{self.grey_share} + {self.clutter_share}"
+            )
+        return self
+
 
 class UserDataParams(_Section):
-    """The user's own rows: one file, split by a seeded hash of the row id unless the rows name their split."""
+    """The user's own rows: one file, split by a seeded hash of the row id unless the rows name their split.
+
+    ``tasks``: the task names that are allowed; empty allows any. A video gives at most ``max_video_frames`` images.
+    """
 
     path: Path | None = None
+    tasks: tuple[str, ...] = ()
+    max_video_frames: Positive = 16
     validation_share: Share = 0.1
     test_share: Share = 0.2
+
+    @model_validator(mode="after")
+    def _rows_left_for_training(self) -> Self:
+        if self.validation_share + self.test_share >= 1.0:
+            raise ValueError(
+                f"validation_share + test_share must be below 1 to leave rows for training, got "
+                f"{self.validation_share} + {self.test_share}"
+            )
+        return self
 
 
 class DataParams(_Section):
@@ -136,6 +159,7 @@ class ModelParams(_Section):
     curriculum: tuple[Phase, ...] = ()
     learning_rate: PositiveFloat = 2e-3
     warmup_steps: NonNegative = 100
+    checkpoint_every: Positive = 50
     min_accuracy: Share = 0.0
     validation_rows: Positive = 300
 
@@ -207,17 +231,27 @@ class TrainParams(_Section):
 
 
 class EvaluateParams(_Section):
+    """``workers``: processes at a time, one per checkpoint; 1 where two models do not fit the device.
+    ``limit``: questions per task, the first ones; all where null.
+    """
+
     budgets: tuple[Budget, ...] = (0.94, 0.975)
-    batch_size: Positive = 32
+    workers: Positive = 2
+    batch_size: Positive = 64
     max_new_tokens: Positive = 16
     limit: Positive | None = None
 
 
 class ReportParams(_Section):
+    """``kept_rows``: test questions whose kept sets are looked at in single cells. Decode time is measured at every
+    grid of ``decode_grids`` (source `digits`), or on the user's longest prompts."""
+
     examples: NonNegative = 3
-    decode_tokens: Positive = 16
-    decode_batch_size: Positive = 8
-    decode_grid: Annotated[int, Field(ge=3, le=64)] = 24
+    kept_rows: Positive = 96
+    decode_grids: tuple[Annotated[int, Field(ge=3, le=64)], ...] = (12, 24, 36)
+    decode_batch_size: Positive = 4
+    decode_tokens: Annotated[int, Field(ge=2)] = 32
+    decode_repetitions: Positive = 5
 
 
 class TrackingParams(_Section):
