@@ -8,6 +8,7 @@ the workspace, or the server that ``MLFLOW_TRACKING_URI`` names.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import warnings
@@ -78,6 +79,7 @@ class Tracker:
 
         self.params, self.root = params, Path(root).resolve()
         self.uri = tracking_uri(self.root)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it announces every migration
         with _store_errors(self.uri):
             self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             self.experiment_id = self._experiment()

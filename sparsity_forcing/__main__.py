@@ -1,0 +1,78 @@
+"""`python -m sparsity_forcing STAGE`: runs one stage here and now.
+
+dvc.yaml runs this command, and the Prefect tasks run it through DVC, so all ways in do the same.
+Exit codes: 0 done, 1 failed, 2 what was given is wrong (trying again cannot help), 143 asked to stop.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsity_forcing.params import Params, load_params
+from sparsity_forcing.stages import STAGES
+
+Stage = Enum("Stage", {name: name for name in STAGES}, type=str)
+
+
+def main(
+    stage: Annotated[Stage, typer.Argument(help="The step to run.")],
+    root: Annotated[Path, typer.Option(help="The workspace: params.yaml and all inputs and outputs.")] = Path("."),
+) -> None:
+    """Runs one stage of the pipeline with the parameters in params.yaml."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        params = load_params(root / "params.yaml")
+        set_environment(params, root)
+        importlib.import_module(f"sparsity_forcing.stages.{stage.value}").run(params, root)
+    except Exception as error:
+        if not explains_itself(error):
+            raise
+        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        typer.echo(f"{stage.value}: {message}", err=True)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+
+
+def set_environment(params: Params, root: Path) -> None:
+    """Defaults that must be the same whoever starts the stage; what the caller has set stays.
+
+    One OpenMP thread: the same sums in the same order on every machine, and two threads on a busy two-core machine
+    were four times slower. The model hub is asked only when the model is on it.
+    """
+    defaults = {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HOME": str(Path.home() / ".cache" / "huggingface"),  # some lmms-eval tasks fail without it
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    if params.model.name == "scratch" or (root / params.model.name).is_dir():
+        defaults["HF_HUB_OFFLINE"] = "1"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def explains_itself(error: Exception) -> bool:
+    """Errors this package raises on purpose, and a failed write of an output (a full disk), need no traceback.
+
+    Those that derive from ValueError say that what was given is wrong.
+    """
+    failed_write = isinstance(error, OSError) and hasattr(error, "__notes__")
+    return failed_write or type(error).__module__.startswith("sparsity_forcing.")
+
+
+def _stop(signal_number: int, frame: object) -> None:
+    """Asked to stop: leave through every `finally`, so that temporary files go and MLflow runs end as killed."""
+    sys.exit(128 + signal_number)
+
+
+if __name__ == "__main__":
+    typer.run(main)
