@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from rich import box
 from rich.table import Table
 
 from sparsity_forcing.evaluation.intervals import wilson_interval
@@ -124,20 +125,15 @@ def load_table(path: str | Path) -> BenchmarkTable:
 
 
 def rich_table(table: BenchmarkTable) -> Table:
-    """The pooled rows with the accuracy of every benchmark, for the terminal. Numbers in per cent."""
-    benchmarks = list(dict.fromkeys(row.benchmark for row in table.rows if row.benchmark != AVERAGE))
-    shown = Table(title="Accuracy and token ratios, %  (95% interval)", title_justify="left")
+    """The pooled rows for the terminal, in 80 columns."""
+    shown = Table(title="All questions (accuracy with its 95% interval)", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("method", "checkpoint"):
         shown.add_column(column)
-    for column in ("p", "accuracy", "τ", "τ visual", "n", *benchmarks):
+    for column in ("p", "accuracy", "τ", "τ visual", "questions"):
         shown.add_column(column, justify="right")
-    accuracy = {(row.method, row.checkpoint, row.p, row.benchmark): row.accuracy for row in table.rows}
     for row in table.averages():
-        visual = "-" if row.visual_token_ratio is None else f"{row.visual_token_ratio:.1%}"
-        pooled = f"{row.accuracy:.1%} ({100 * row.accuracy_low:.1f}-{100 * row.accuracy_high:.1f})"
-        cells = [accuracy.get((row.method, row.checkpoint, row.p, name)) for name in benchmarks]
-        shown.add_row(
-            *(row.method, row.checkpoint, f"{row.p:g}", pooled, f"{row.token_ratio:.1%}", visual, str(row.n)),
-            *("-" if cell is None else f"{cell:.1%}" for cell in cells),
-        )
+        visual = "-" if row.visual_token_ratio is None else f"{row.visual_token_ratio:.3f}"
+        accuracy = f"{row.accuracy:.1%} ({100 * row.accuracy_low:.1f}-{100 * row.accuracy_high:.1f})"
+        cells = (f"{row.p:g}", accuracy, f"{row.token_ratio:.3f}", visual, f"{row.n:,}")
+        shown.add_row(row.method, row.checkpoint, *cells)
     return shown

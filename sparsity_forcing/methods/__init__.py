@@ -3,7 +3,7 @@
 How to add a method:
 
 1. Write ``methods/NAME.py``: a frozen dataclass that extends `Method`, with the row's ``name``, its budget ``p`` (1 if
-   it has none) and ``attend(model)``. Its docstring links the source and says what the method selects and what it trains.
+   it has none) and ``attend(model)``. Its docstring links the source and says what it selects and what it trains.
 2. Choose it in `rows_to_compare` (or pass it to `evaluation.runner` yourself).
 3. Add it to tests/evaluation/test_methods.py, where every method runs the same checks on a tiny model.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from sparsity_forcing.params import SparsityParams
@@ -38,7 +38,7 @@ class RuleMethod(Method):
 
     rule: ClassVar[str]
     p: float
-    settings: SparsityParams = SparsityParams()
+    settings: SparsityParams = field(default_factory=SparsityParams)
 
     def attend(self, model: PreTrainedModel) -> AbstractContextManager[SparseStats]:
         from sparsity_forcing.attention.api import sparse_attention

@@ -1,0 +1,19 @@
+"""What a stage needs before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """An input of a stage is missing; the message names it and the stage that makes it."""
+
+
+def require_inputs(root: Path, made_by: Mapping[Path, str]) -> None:
+    """Raises InputError unless every path exists below ``root``; ``made_by`` maps it to the stage that makes it."""
+    missing = {path: stage for path, stage in made_by.items() if not (root / path).exists()}
+    if missing:
+        listed = ", ".join(f"{path} (made by stage {stage})" for path, stage in missing.items())
+        first = next(iter(missing.values()))
+        raise InputError(f"missing in {root.resolve()}: {listed}; run `python -m sparsity_forcing {first}` first")
