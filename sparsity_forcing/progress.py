@@ -1,51 +1,54 @@
-"""Shows how far a loop of steps is: a live bar in a terminal, a plain line every few seconds elsewhere."""
+"""Progress of long work: a live bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Mapping
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
-SECONDS_BETWEEN_LINES = 15.0
+LINE_EVERY_SECONDS = 15.0
 
 
-class StepProgress:
-    """Progress of ``total`` steps with the figures of the last one; a context manager.
+class Progress:
+    """``with Progress("train", 350) as progress: progress.advance(step, reward=1.2)``."""
 
-    Args:
-        start: steps that an earlier run has done already.
-    """
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total = name, total
+        self._live: RichProgress | None = None
+        if sys.stderr.isatty():
+            self._live = RichProgress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._live.add_task(name, total=total, numbers="")
+        self._last_line = 0.0
+        self._started = time.monotonic()
 
-    def __init__(self, title: str, total: int, start: int = 0, console: Console | None = None) -> None:
-        self.title, self.total = title, total
-        self.console = console or Console()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=total, completed=start, figures="")
-        self._last_line = time.monotonic()
-
-    def __enter__(self) -> StepProgress:
-        self._bar.start()
+    def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
-    def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """``step`` steps are done; ``figures`` are shown with three digits."""
-        shown = " ".join(f"{name} {value:.3g}" for name, value in figures.items())
-        self._bar.update(self._task, completed=step, figures=shown)
-        due = time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
-        if not self.console.is_terminal and (due or step == self.total):
-            self._last_line = time.monotonic()
-            self.console.print(f"{self.title}: {step:,} of {self.total:,} {shown}", highlight=False)
+    def advance(self, done: int, **numbers: float) -> None:
+        """``done`` of the total are finished; ``numbers`` are shown beside it."""
+        text = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+        if self._live is not None:
+            self._live.update(self._task, completed=done, numbers=text)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= LINE_EVERY_SECONDS or done >= self.total:
+            self._last_line = now
+            line = f"{self.name} {done}/{self.total}  {text}  ({now - self._started:.0f} s)"
+            print(line, file=sys.stderr, flush=True)

@@ -95,9 +95,7 @@ class SparseContext:
         used = scores.any(0).nonzero().flatten()
         query = query[:, :, used - first]
         slots = torch.arange(length, device=key.device)
-        visible = (
-            (slots[None, :] <= used[:, None])[None] & self.layout.valid[:, None, :] & scores[:, used][:, :, None]
-        )
+        visible = (slots[None, :] <= used[:, None])[None] & self.layout.valid[:, None, :] & scores[:, used][:, :, None]
         return attention_mass(query, key[:, :, :length], visible, scale), visible.sum(1)
 
     def _log_mass(self, mass: Tensor) -> Tensor:

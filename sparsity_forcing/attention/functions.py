@@ -110,7 +110,7 @@ def _prompt_visibility(
     else:
         restricted = ((prefill == "sparse") | ~in_prompt).expand(query.shape[0], -1)
     keepable = padded(kept, (0, after), value=True)
-    visible = _causal(query, length, int(columns[0]), mask if mask is not None else None)
+    visible = _causal(query, length, int(columns[0]), mask)
     if mask is None:
         visible = visible & padded(sparse.layout.valid, (0, after), value=True)[:, None]
     visible = visible & (keepable[:, None, :] | ~restricted[:, :, None])
@@ -125,10 +125,7 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, stored, scale: float) -> 
     rows, length = query.shape[2], key.shape[2]
     if stored is None or stored.real is None:
         raise RuntimeError("decoding needs the pruned cache of this context's prefill: pass use_cache=True")
-    if rows == 1:
-        visible = stored.real[:, None, :]
-    else:
-        visible = _causal(query, length, length - rows, stored.real)
+    visible = _causal(query, length, length - rows, stored.real)
     return kept_attention(query, key, value, visible, scale)
 
 

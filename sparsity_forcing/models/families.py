@@ -8,7 +8,8 @@ tests/attention.
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "llava_onevision", "internvl")
 DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen2", "qwen3", "llama", "mistral")
@@ -57,3 +58,12 @@ def visual_token_ids(config: PretrainedConfig) -> tuple[int, ...]:
     """The token ids whose embeddings image and video features replace: the visual tokens of a prompt."""
     ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     return tuple(token for token in ids if token is not None)
+
+
+def vision_tower(model: PreTrainedModel) -> torch.nn.Module:
+    """The module that turns pixels into visual tokens, projector included where the family keeps it inside."""
+    for name in ("visual", "vision_tower"):
+        tower = getattr(model.model, name, None)
+        if tower is not None:
+            return tower
+    raise UnsupportedModelError(f"{type(model).__name__} has no vision tower under model.visual or model.vision_tower")

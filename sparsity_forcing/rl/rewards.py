@@ -36,7 +36,9 @@ def joint_rewards(correct: Tensor, token_ratio: Tensor, weight_efficiency: float
         ValueError: shapes differ, or a score is not in 0-1.
     """
     if correct.shape != token_ratio.shape or correct.ndim != 2:
-        raise ValueError(f"want two (queries, group) tensors, got {tuple(correct.shape)} and {tuple(token_ratio.shape)}")
+        raise ValueError(
+            f"want two (queries, group) tensors, got {tuple(correct.shape)} and {tuple(token_ratio.shape)}"
+        )
     if not bool(((correct >= 0) & (correct <= 1)).all()):
         raise ValueError("scores must be in 0-1 and not NaN")
     anyone_right = (correct > 0.5).any(dim=1, keepdim=True).float()

@@ -12,7 +12,7 @@ from sparsity_forcing.selection.layout import PromptLayout
 def scoring_rows(layout: PromptLayout, settings: SparsityParams, layer: int) -> Tensor:
     """(batch, prompt) bool: the scoring rows of a layer.
 
-    ``text``: the rows after the visual prefix. ``all``: every row (the paper's formula). ``probe``: the most recent rows
+    ``text``: the rows after the visual prefix. ``all``: every row (the paper's formula). ``probe``: the latest rows
     plus random ones (ZipVL), seeded by prompt and layer, so that a row of a batch draws what it draws alone.
     """
     if settings.scoring_rows == "all":

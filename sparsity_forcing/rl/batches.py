@@ -1,0 +1,17 @@
+"""Which rows a step trains on: a pure function of the step number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparsity_forcing.data.schema import Row
+
+
+def rows_of_step(rows: Sequence[Row], step: int, per_step: int, seed: int) -> list[Row]:
+    """The ``per_step`` rows of step ``step`` (from 0): every epoch is a new permutation, its remainder is dropped."""
+    steps_per_epoch = len(rows) // per_step
+    epoch, place = divmod(step, steps_per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+    return [rows[int(i)] for i in order[place * per_step : (place + 1) * per_step]]

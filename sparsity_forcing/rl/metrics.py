@@ -1,0 +1,72 @@
+"""What a training step reports: numbers per step, per budget and per layer, and a table of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsity_forcing.data.schema import Row
+from sparsity_forcing.rl.rewards import Rewards
+from sparsity_forcing.rl.rollout import Rollouts
+
+
+def step_metrics(step: int, rollouts: Rollouts, rewards: Rewards, advantages: Tensor, group: int) -> dict:
+    """Flat metrics of one step. Names follow TRL where it has one; ``p0.940/…`` are per budget."""
+    lengths = rollouts.completion_mask.sum(-1).float()
+    correct = rewards.correct.flatten()
+    metrics = {
+        "step": step,
+        "reward": rewards.total.mean(),
+        "reward_std": rewards.total.std(dim=1).mean(),
+        "reward_correct": correct.mean(),
+        "reward_efficiency": rewards.efficiency.mean(),
+        "accuracy": correct.mean(),
+        "anyone_right": (rewards.correct > 0.5).any(1).float().mean(),
+        "zero_std_groups": (rewards.total.std(dim=1) < 1e-6).float().mean(),
+        "token_ratio": rollouts.token_ratio.mean(),
+        "visual_token_ratio": rollouts.visual_token_ratio.nanmean(),
+        "mean_length": lengths.mean(),
+        "truncated": rollouts.truncated.float().mean(),
+        "new_tokens": lengths.sum(),
+        "rollouts": len(rollouts.p),
+        "entropy": -(rollouts.logps.sum() / rollouts.completion_mask.sum().clamp_min(1)),
+    }
+    for budget in torch.unique(rollouts.p):
+        rows = rollouts.p == budget
+        name = f"p{float(budget):.3f}"
+        metrics[f"{name}/accuracy"] = correct[rows].mean()
+        metrics[f"{name}/visual_token_ratio"] = rollouts.visual_token_ratio[rows].nanmean()
+        metrics[f"{name}/advantage"] = advantages.flatten()[rows].mean()
+    for layer, ratio in enumerate(rollouts.layer_visual_ratio.nanmean(-1)):
+        metrics[f"layer{layer:02d}/visual_token_ratio"] = ratio
+    return {name: float(value) if isinstance(value, Tensor) else value for name, value in metrics.items()}
+
+
+def sample_table(
+    rows: Sequence[Row], texts: Sequence[str], rollouts: Rollouts, rewards: Rewards, advantages: Tensor
+) -> list[dict]:
+    """One record per rollout of the first two queries: what was asked, answered, kept and earned."""
+    group = rewards.correct.shape[1]
+    table = []
+    for query, row in enumerate(rows[:2]):
+        for place in range(group):
+            index = query * group + place
+            table.append(
+                {
+                    "id": row.id,
+                    "task": row.label,
+                    "question": row.question,
+                    "answer": row.answer,
+                    "completion": texts[index],
+                    "p": round(float(rollouts.p[index]), 4),
+                    "token_ratio": float(rollouts.token_ratio[index]),
+                    "visual_token_ratio": float(rollouts.visual_token_ratio[index]),
+                    "reward_correct": float(rewards.correct[query, place]),
+                    "reward_efficiency": float(rewards.efficiency[query, place]),
+                    "advantage": float(advantages[query, place]),
+                    "image": row.images[0] if row.images else None,
+                }
+            )
+    return table
