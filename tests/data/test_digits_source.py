@@ -1,0 +1,109 @@
+"""The digits source: fair shares, apart by scan, the same for the same seed."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from sparsity_forcing.data.candidates import BadRow
+from sparsity_forcing.data.checks import Limits, check_row
+from sparsity_forcing.data.digits import CELL, COLOURS, SPLITS, load_scans, render
+from sparsity_forcing.data.digits_source import digits_candidates, digits_row
+from sparsity_forcing.params import DigitsParams
+
+PARAMS = DigitsParams(grids=(4, 6), train_rows=13, validation_rows=7, test_rows=12)
+
+
+def rows(params=PARAMS, seed=0):
+    return [candidate.row for candidate in digits_candidates(params, seed)]
+
+
+def test_every_scan_belongs_to_one_split():
+    covered = [index for part in SPLITS.values() for index in range(part.start, part.stop)]
+    assert sorted(covered) == list(range(len(load_digits().target)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), place=st.integers(0, 10**5), split=st.sampled_from(sorted(SPLITS)))
+def test_a_row_shows_scans_of_its_own_split_only(seed, place, split):
+    row = digits_row(PARAMS, seed, split, place)
+    part = SPLITS[split]
+    assert all(part.start <= scan < part.stop for scan in row.meta["scans"])
+
+
+def test_no_handwriting_sample_is_in_two_splits():
+    pixels = load_digits().images
+    seen = {split: {pixels[i].tobytes() for i in range(part.start, part.stop)} for split, part in SPLITS.items()}
+    assert not seen["train"] & seen["test"]
+    assert not seen["train"] & seen["validation"]
+    assert not seen["validation"] & seen["test"]
+
+
+def test_tasks_and_grids_have_the_same_share():
+    counts = Counter((row.split, row.label) for row in rows())
+    for split, total in (("train", 13), ("validation", 7), ("test", 12)):
+        of_split = [count for (of, _), count in counts.items() if of == split]
+        assert sum(of_split) == total
+        assert len(of_split) == 6
+        assert max(of_split) - min(of_split) <= 1
+
+
+def test_rows_depend_on_the_seed_and_not_on_the_number_of_rows():
+    assert rows() == rows()
+    assert rows(seed=1)[0] != rows(seed=0)[0]
+    longer = rows(PARAMS.model_copy(update={"train_rows": 20}))
+    assert longer[:13] == rows()[:13]
+
+
+def test_every_row_passes_the_checks_and_is_as_large_as_its_grid():
+    for row in rows():
+        side = row.meta["grid"] * CELL
+        assert check_row(row, Limits(4000, PARAMS.tasks)) == [(side, side)]
+    assert len({row.id for row in rows()}) == 32
+
+
+@pytest.mark.parametrize("task", ["read", "count", "sum"])
+def test_the_answer_is_what_the_canvas_shows(task):
+    """Reads the answer back from the pixels: nearest scan under the colour that was asked for."""
+    scans = load_scans("test")
+    tints = {"red": 0, "green": 1}
+    for seed in range(60):
+        canvas = render(np.random.default_rng(seed), scans, 6, task, grey_share=0.1, clutter_share=0.0)
+        cells = canvas.pixels.reshape(6, CELL, 6, CELL, 3).transpose(0, 2, 1, 3, 4).reshape(36, CELL, CELL, 3)
+        for colour, channel in tints.items():
+            if task == "sum" or f" {colour}?" not in canvas.question:
+                continue
+            found = [cells[cell].astype(float) for cell in canvas.relevant_cells]
+            assert all(cell[..., channel].mean() > cell.mean() * 1.2 for cell in found)
+            if task == "count":
+                assert canvas.answer == str(len(found))
+            else:
+                shape = found[0][..., channel] / 207
+                nearest = np.abs(scans.pixels - shape).mean((1, 2)).argmin()
+                assert canvas.answer == str(scans.labels[nearest])
+        if task == "sum":
+            first, second, total = (int(number) for number in re.findall(r"\d+", canvas.answer))
+            assert first + second == total
+            named = re.findall("|".join(COLOURS), canvas.answer)
+            assert canvas.question == f"what is the sum of {named[0]} and {named[1]}?"
+            assert len(canvas.relevant_cells) >= 2
+
+
+def test_the_image_is_the_canvas():
+    canvas = render(np.random.default_rng(0), load_scans("train"), 5, "read")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(canvas.png()))), canvas.pixels)
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="task 'draw' is unknown to the digits source"):
+        render(np.random.default_rng(0), load_scans("train"), 5, "draw")
+    with pytest.raises(BadRow, match=r"unknown_task: task 'read'; one of count"):
+        check_row(rows()[0], Limits(4000, ("count",)))
