@@ -171,11 +171,16 @@ class ModelParams(_Section):
 
 
 class ProfileParams(_Section):
+    """``rows``: questions per setting. ``grids`` are the prompt lengths of the digits source; the user's own rows are
+    taken in thirds by length.
+    """
+
     budgets: tuple[Budget, ...] = (0.5, 0.7, 0.8, 0.9, 0.94, 0.975, 1.0)
     scoring_rows: tuple[ScoringRows, ...] = ("text", "probe", "all")
     grids: tuple[Annotated[int, Field(ge=3, le=64)], ...] = (6, 8, 12)
     rows: Positive = 96
-    batch_size: Positive = 32
+    batch_size: Positive = 48
+    max_new_tokens: Positive = 16
 
 
 class RewardParams(_Section):

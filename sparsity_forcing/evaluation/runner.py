@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import sparsity_forcing
-from sparsity_forcing.evaluation.progress import Advance
 from sparsity_forcing.evaluation.samples import read_records, sample_records, write_samples
 from sparsity_forcing.evaluation.tasks import LocalTask
 from sparsity_forcing.evaluation.workers import run_in_processes
@@ -59,6 +58,15 @@ class Benchmark:
     @property
     def questions(self) -> int:
         return sum(task.questions for task in self.tasks)
+
+
+@dataclass(frozen=True)
+class Advance:
+    """``questions`` more of the row ``title`` are answered; ``done`` says how, once all are."""
+
+    title: str
+    questions: int
+    done: str | None = None
 
 
 def evaluate_rows(

@@ -126,10 +126,15 @@ def load_table(path: str | Path) -> BenchmarkTable:
 
 def rich_table(table: BenchmarkTable) -> Table:
     """The pooled rows for the terminal, in 80 columns."""
-    shown = Table(title="All questions (accuracy with its 95% interval)", title_justify="left", box=box.SIMPLE_HEAD)
+    shown = Table(
+        title="All questions (accuracy with its 95% interval)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for column in ("method", "checkpoint"):
         shown.add_column(column)
-    for column in ("p", "accuracy", "τ", "τ visual", "questions"):
+    for column in ("p", "accuracy", "τ", "τ visual", "n"):
         shown.add_column(column, justify="right")
     for row in table.averages():
         visual = "-" if row.visual_token_ratio is None else f"{row.visual_token_ratio:.3f}"

@@ -11,14 +11,14 @@ import pandas as pd
 from rich.console import Console
 
 from sparsity_forcing.data.schema import read_rows
-from sparsity_forcing.evaluation.progress import RowProgress
-from sparsity_forcing.evaluation.runner import Benchmark, Job, evaluate_rows
+from sparsity_forcing.evaluation.runner import Advance, Benchmark, Job, evaluate_rows
 from sparsity_forcing.evaluation.samples import read_samples, write_samples
 from sparsity_forcing.evaluation.table import AVERAGE, BenchmarkTable, benchmark_table, rich_table
 from sparsity_forcing.evaluation.tasks import write_tasks
 from sparsity_forcing.files import write_json_atomic
 from sparsity_forcing.methods import rows_to_compare
 from sparsity_forcing.params import Params
+from sparsity_forcing.progress import Progress
 from sparsity_forcing.stages.inputs import require_inputs
 from sparsity_forcing.tracking import Tracker
 
@@ -40,9 +40,9 @@ def run(params: Params, root: Path) -> dict:
     benchmark = write_benchmark(params, root)
     methods = rows_to_compare(params.sparsity, params.evaluate.budgets)
     jobs = [Job(name, root / directory, method) for name, directory in CHECKPOINTS.items() for method in methods]
-    console = Console()
-    with RowProgress({job.title: benchmark.questions for job in jobs}, console) as progress:
-        records = evaluate_rows(jobs, benchmark, root / CACHE, params.evaluate.workers, progress.advance)
+    with Progress("evaluate", len(jobs) * benchmark.questions) as progress:
+        show = _Shown(progress)
+        records = evaluate_rows(jobs, benchmark, root / CACHE, params.evaluate.workers, show.advance)
     write_samples(records, root / SAMPLES)
     samples = read_samples(root / SAMPLES)
     table = benchmark_table(samples)
@@ -50,7 +50,7 @@ def run(params: Params, root: Path) -> dict:
     metrics = table.model_dump(mode="json")
     write_json_atomic(root / METRICS, metrics)
     shutil.rmtree(root / CACHE, ignore_errors=True)
-    console.print(rich_table(table))
+    Console().print(rich_table(table))
     return metrics
 
 
@@ -71,6 +71,20 @@ def write_benchmark(params: Params, root: Path) -> Benchmark:
         dtype=params.model.dtype,
         device=params.model.device,
     )
+
+
+class _Shown:
+    """Counts what the workers report."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.questions, self.rows = progress, 0, 0
+
+    def advance(self, step: Advance) -> None:
+        self.questions += step.questions
+        if step.done is not None:
+            self.rows += 1
+            print(f"evaluate: {step.title}: {step.done}")
+        self.progress.advance(self.questions, rows=self.rows)
 
 
 def log_rows(tracker: Tracker, table: BenchmarkTable, samples: pd.DataFrame, root: Path) -> None:
