@@ -16,7 +16,7 @@ from sparsity_forcing.models.pretrain import Step, configuration_fingerprint, pr
 from sparsity_forcing.models.tiny import build_model, build_processor
 from sparsity_forcing.models.validate import validate, validation_questions
 from sparsity_forcing.params import Params
-from sparsity_forcing.progress import StepProgress
+from sparsity_forcing.progress import Progress
 from sparsity_forcing.tracking import Run, Tracker
 
 BASE, CHECKPOINTS = Path("models/base"), Path("checkpoints/base")
@@ -89,10 +89,10 @@ def _pretrain_with_progress(model, processor, params: Params, checkpoints: Check
     if done:
         print(f"base: going on after step {done:,} of {total:,}")
 
-    with StepProgress("base", total, start=done) as progress:
+    with Progress("base", total) as progress:
 
         def on_step(step: Step) -> None:
-            progress.update(step.number, {"loss": step.loss, "accuracy": step.accuracy})
+            progress.advance(step.number, loss=step.loss, accuracy=step.accuracy)
             if step.number % LOG_EVERY == 0 or step.number == step.total:
                 run.metrics({"base/loss": step.loss, "base/answer_accuracy": step.accuracy}, step=step.number)
 
