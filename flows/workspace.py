@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -48,16 +48,16 @@ def check_workspace(root: Path) -> Params:
     """Validates params.yaml before anything runs.
 
     Raises:
-        ParamsError: params.yaml is not usable, or lacks a section that dvc.yaml depends on. (DVC notices that too,
-            but only after it has removed the outputs of the stage.)
+        ParamsError: params.yaml is not usable, or lacks a key that dvc.yaml depends on. (DVC notices that too, but
+            only after it has removed the outputs of the stage.)
     """
     params = load_params(root / "params.yaml")
     given = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     needed = {name for stage in stages.values() for name in stage.get("params", [])}
-    if missing := sorted(needed - set(given)):
+    if missing := sorted(name for name in needed if not _has(given, name)):
         raise ParamsError(
-            f"{root / 'params.yaml'} lacks {', '.join(missing)}; DVC needs every section, `{{}}` is enough"
+            f"{root / 'params.yaml'} lacks {', '.join(missing)}: DVC needs what dvc.yaml names written out"
         )
     _work_with_or_without_git(root)
     return params
@@ -117,16 +117,24 @@ def _outcome(output: str) -> Outcome:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    _signal_group(process, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE_SECONDS)
-    _signal_group(process, signal.SIGKILL)  # whatever of the group is still there
+    """DVC itself goes at once when asked to; the stage below it may still be saving, so wait for the whole group."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    alive = _signal_group(process, signal.SIGTERM)
+    while alive and time.monotonic() < deadline:
+        process.poll()
+        time.sleep(0.1)
+        alive = _signal_group(process, 0)
+    _signal_group(process, signal.SIGKILL)
     process.wait()
 
 
-def _signal_group(process: subprocess.Popen, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
+def _signal_group(process: subprocess.Popen, number: int) -> bool:
+    """Whether there was anyone in the group to be signalled."""
+    try:
         os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _explain(output: str) -> str:
@@ -134,6 +142,14 @@ def _explain(output: str) -> str:
     if "Unable to acquire lock" in output or "is busy, it is being blocked by" in output:
         return f"another DVC run works in this workspace; wait for it or stop it, then start again. DVC says:\n{reason}"
     return f"DVC cannot work in this workspace:\n{reason}"
+
+
+def _has(values: dict, name: str) -> bool:
+    for part in name.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _work_with_or_without_git(root: Path) -> None:

@@ -20,8 +20,10 @@ from sparsity_forcing.params import Params, load_params
 from sparsity_forcing.stages import STAGES
 
 Stage = Enum("Stage", {name: name for name in STAGES}, type=str)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)  # plain tracebacks: they go into logs
 
 
+@app.command()
 def main(
     stage: Annotated[Stage, typer.Argument(help="The step to run.")],
     root: Annotated[Path, typer.Option(help="The workspace: params.yaml and all inputs and outputs.")] = Path("."),
@@ -37,7 +39,7 @@ def main(
             raise
         message = "\n".join([str(error), *getattr(error, "__notes__", [])])
         typer.echo(f"{stage.value}: {message}", err=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+        raise typer.Exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1) from None
 
 
 def set_environment(params: Params, root: Path) -> None:
@@ -63,7 +65,7 @@ def set_environment(params: Params, root: Path) -> None:
 def explains_itself(error: Exception) -> bool:
     """Errors this package raises on purpose, and a failed write of an output (a full disk), need no traceback.
 
-    Those that derive from ValueError say that what was given is wrong.
+    Those that derive from ValueError, and a missing file, say that what was given is wrong.
     """
     failed_write = isinstance(error, OSError) and hasattr(error, "__notes__")
     return failed_write or type(error).__module__.startswith("sparsity_forcing.")
@@ -75,4 +77,4 @@ def _stop(signal_number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,0 +1,96 @@
+"""params.yaml and its presets: everything wrong is named, with its value and what is allowed, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparsity_forcing.params import Params, ParamsError, load_params, parse_params
+
+ROOT = Path(__file__).parents[1]
+PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
+
+
+def smoke(**sections: dict) -> dict:
+    """The smoke preset with some keys of some sections replaced."""
+    values = yaml.safe_load((ROOT / "presets" / "smoke.yaml").read_text())
+    for section, keys in sections.items():
+        values[section] = values.get(section, {}) | keys if isinstance(keys, dict) else keys
+    return values
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_is_valid_and_whole(path):
+    params = load_params(path)
+    given = yaml.safe_load(path.read_text())
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert {key for stage in stages.values() for key in stage["params"]} <= set(given), "DVC needs every section"
+    assert path.stem in {params.preset, "params"}
+
+
+def test_the_paper_preset_has_the_settings_of_the_paper():
+    params = load_params(ROOT / "presets" / "qwen2.5-vl-7b.yaml")
+    assert params.model.name == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert params.train.budgets == (0.94, 0.945, 0.95, 0.955, 0.96, 0.965, 0.97, 0.975)
+    assert (params.train.num_generations, params.sparsity.p) == (8, 0.975)
+
+
+@pytest.mark.parametrize(
+    "sections, words",
+    [
+        ({"sparsity": {"q": 0.5}}, ["sparsity.q", "unknown parameter", "0.5", "Allowed here", "prefill"]),
+        ({"speed": {"fast": True}}, ["speed", "unknown parameter", "sparsity"]),
+        ({"train": {"reward": {"corect": "x"}}}, ["train.reward.corect", "unknown parameter", "correct"]),
+        ({"model": {"curriculum": [{"stepz": 1}]}}, ["model.curriculum.0.stepz", "unknown parameter", "steps"]),
+        ({"sparsity": {"p": 0.0}}, ["sparsity.p", "greater than 0", "0.0"]),
+        ({"sparsity": {"p": 1.5}}, ["sparsity.p", "less than or equal to 1", "1.5"]),
+        ({"sparsity": {"p": float("nan")}}, ["sparsity.p", "finite", "nan"]),
+        ({"train": {"budgets": [0.9, -0.1]}}, ["train.budgets.1", "greater than 0", "-0.1"]),
+        ({"train": {"learning_rate": float("inf")}}, ["train.learning_rate", "finite", "inf"]),
+        ({"train": {"steps": "many"}}, ["train.steps", "integer", "'many'"]),
+        ({"train": {"num_generations": 3}}, ["train", "num_generations (3)", "multiple"]),
+        ({"evaluate": {"budgets": [0.5]}}, ["evaluate.budgets", "sparsity.p = 0.975"]),
+        ({"data": {"source": "chat_jsonl"}}, ["data", "user.path"]),
+        ({"data": {"source": "imagenet"}}, ["data.source", "'digits'", "'chat_jsonl'", "'imagenet'"]),
+        ({"data": {"digits": {"tasks": []}}}, ["data.digits.tasks", "at least one"]),
+        ({"model": {"name": "scratch", "curriculum": []}}, ["model", "curriculum"]),
+        ({"model": {"scratch": {"hidden_size": 60}}}, ["model.scratch", "multiple of 16", "60"]),
+        ({"model": None}, ["model"]),
+    ],
+)
+def test_a_wrong_parameter_is_named_with_its_value_and_what_is_allowed(sections, words):
+    with pytest.raises(ParamsError) as caught:
+        parse_params(smoke(**sections), source="params.yaml")
+    message = str(caught.value)
+    assert message.startswith("params.yaml has")
+    for word in words:
+        assert word in message
+
+
+def test_all_errors_are_told_at_once():
+    with pytest.raises(ParamsError, match="2 error") as caught:
+        parse_params(smoke(sparsity={"p": 2}, train={"steps": 0}))
+    assert "sparsity.p" in str(caught.value)
+    assert "train.steps" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("a: [1", "not valid YAML"), ("- 1", "must hold a mapping"), ("", "must hold a mapping"), (None, "copy one of")],
+)
+def test_a_file_that_is_no_parameter_file_is_named(tmp_path, text, words):
+    path = tmp_path / "params.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ParamsError, match=words) as caught:
+        load_params(path)
+    assert str(path) in str(caught.value)
+
+
+def test_parameters_cannot_be_changed_after_they_were_checked():
+    params = parse_params(smoke())
+    with pytest.raises(ValueError, match="frozen"):
+        params.sparsity.p = 2.0
+    assert isinstance(params, Params)
