@@ -13,8 +13,8 @@ def gather_kept(key: Tensor, value: Tensor, kept: Tensor) -> tuple[Tensor, Tenso
         key, value: (batch, kv_heads, length, dim). kept: (batch, length) bool.
 
     Returns:
-        keys and values (batch, kv_heads, longest, dim), new storage, and the (batch, longest) bool mask of real entries:
-        rows that keep fewer than the longest end in entries that are not real.
+        keys and values (batch, kv_heads, longest, dim), new storage, and the (batch, longest) bool mask of real
+        entries: rows that keep fewer than the longest end in entries that are not real.
 
     Raises:
         ValueError: a row keeps nothing.

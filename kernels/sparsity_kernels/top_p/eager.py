@@ -20,7 +20,7 @@ def top_p_count(mass: Tensor, droppable: Tensor, p: Tensor) -> Tensor:
         p: (batch,) float32 budgets in (0, 1]. At p = 1 every droppable token counts, also those without mass.
 
     Returns:
-        (batch,) int64 counts; 0 where nothing is droppable.
+        (batch,) int64 counts, at least 1; 0 where nothing is droppable.
     """
     available = droppable.sum(-1)
     masked = mass.double().masked_fill(~droppable, 0.0)
