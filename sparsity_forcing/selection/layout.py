@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sparsity_forcing.params import SparsityParams
 
+_PRIME = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class PromptLayout:
@@ -61,7 +63,8 @@ class PromptLayout:
 
 
 def _content_seeds(input_ids: Tensor, valid: Tensor) -> Tensor:
-    """A number per prompt that does not depend on padding or on the other rows."""
+    """A number per prompt, from its tokens and their order, that does not depend on padding or on the other rows."""
     place = valid.long().cumsum(-1)
-    mixed = ((input_ids.long() + 1) * 2_654_435_761 + place * 40_503) % 2_147_483_647
-    return (mixed * valid).sum(-1) % 2_147_483_647
+    mixed = ((input_ids.long() + 1) * 2_654_435_761 + place * 40_503) % _PRIME
+    mixed = mixed * mixed % _PRIME * mixed % _PRIME  # a sum of linear terms would not see the order
+    return (mixed * valid).sum(-1) % _PRIME

@@ -15,7 +15,7 @@ def select(
     """The droppable tokens that a layer keeps.
 
     - ``top_p``: b tokens, b the smallest count whose largest raw masses reach p of the droppable mass.
-    - ``top_k``: ceil(p · |D|) tokens.
+    - ``top_k``: ceil(p · |D|) tokens, D the droppable ones.
     - ``threshold``: the tokens with at least (1 − p) of the largest droppable mass.
 
     Under ``top_p`` and ``top_k`` the kept tokens are those that rank highest: ``normalized`` ranks by mass divided by
@@ -40,7 +40,8 @@ def select(
         floor = (1 - p[:, None]) * mass.masked_fill(~droppable, 0).amax(-1, keepdim=True)
         return droppable & (mass >= floor)
     if rule == "top_k":
-        count = torch.ceil(p.double() * droppable.sum(-1) - 1e-6).long()
+        rounding = 1 - torch.finfo(torch.float32).eps / 2  # 0.1 in float32 is above a tenth: not a token more for that
+        count = torch.ceil(p.double() * rounding * droppable.sum(-1)).long()
     else:
         count = top_p_count(mass, droppable, p)
     rank = mass / seen_by.clamp_min(1) if rank_by == "normalized" else mass

@@ -14,11 +14,21 @@ def scoring_rows(layout: PromptLayout, settings: SparsityParams, layer: int) -> 
 
     ``text``: the rows after the visual prefix. ``all``: every row (the paper's formula). ``probe``: the latest rows
     plus random ones (ZipVL), seeded by prompt and layer, so that a row of a batch draws what it draws alone.
+
+    Raises:
+        ValueError: ``text`` for a prompt that ends with a visual token: nothing would score it.
     """
     if settings.scoring_rows == "all":
         return layout.valid
     if settings.scoring_rows == "text":
-        return layout.valid & ~layout.prefix
+        rows = layout.valid & ~layout.prefix
+        unscored = layout.valid.any(-1) & ~rows.any(-1)
+        if bool(unscored.any()):
+            raise ValueError(
+                f"prompt {int(unscored.nonzero()[0])} ends with a visual token, so no text row scores its tokens; let "
+                "text follow the image or set scoring_rows to 'probe' or 'all'"
+            )
+        return rows
     order = layout.valid.cumsum(-1)
     rows = layout.valid & (order > order[:, -1:] - settings.probe_recent)
     generator = torch.Generator()
