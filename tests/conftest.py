@@ -6,6 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from sparsity_forcing.torchvision_ops import declare_missing_ops
+
+declare_missing_ops()  # tests import transformers' classes directly, some of which need torchvision
+# The same examples on every run, and no time limit for a busy machine to miss.
+settings.register_profile("tests", max_examples=50, deadline=None, derandomize=True)
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)
