@@ -50,6 +50,18 @@ class SparsityParams(_Section):
     probe_seed: NonNegative = 0
 
 
+def _require_room(grids: tuple[int, ...], coloured: int, grey_share: float, clutter_share: float) -> None:
+    """A canvas holds its coloured and grey digits and its clutter."""
+    for grid in grids:
+        cells = grid * grid
+        taken = coloured + round(grey_share * cells) + round(clutter_share * cells)
+        if taken > cells:
+            raise ValueError(
+                f"a {grid}x{grid} grid has {cells} cells, too few for {taken}: {coloured} coloured digits, "
+                f"grey_share {grey_share} and clutter_share {clutter_share}; lower a share or take a larger grid"
+            )
+
+
 class DigitsParams(_Section):
     """The embedded source: splits of rendered questions, the same share of every task and grid."""
 
@@ -70,11 +82,7 @@ class DigitsParams(_Section):
 
     @model_validator(mode="after")
     def _room_for_coloured_digits(self) -> Self:
-        if self.grey_share + self.clutter_share > 0.5:
-            raise ValueError(
-                f"grey_share + clutter_share must be at most 0.5 to leave room for the coloured digits, got "
-                f"{self.grey_share} + {self.clutter_share}"
-            )
+        _require_room(self.grids, 4, self.grey_share, self.clutter_share)
         return self
 
 
@@ -147,6 +155,11 @@ class Phase(_Section):
     grey_share: Share = 0.1
     clutter_share: Share = 0.16
     coloured: Annotated[int, Field(ge=2)] = 4
+
+    @model_validator(mode="after")
+    def _room_for_coloured_digits(self) -> Self:
+        _require_room(self.grids, self.coloured, self.grey_share, self.clutter_share)
+        return self
 
 
 class ModelParams(_Section):

@@ -114,6 +114,9 @@ def weight_files(directory: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{index} is damaged ({_first_line(error)}); copy the model again") from error
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ModelError(f"{index} names {outside[0]!r}; weight files lie beside their index")
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ModelError(
@@ -161,7 +164,7 @@ def _load_weights(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"the weights in {directory} do not load: {_first_line(error)}") from error
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])
