@@ -129,7 +129,7 @@ def _question(rng: np.random.Generator, task: str, coloured: int) -> tuple[list[
     names = list(COLOURS)
     rng.shuffle(names)
     if task == "count":
-        times = int(rng.integers(1, coloured + 1))
+        times = int(rng.integers(1, coloured))  # at least one digit has another colour
         others = [names[1 + int(i)] for i in rng.integers(len(names) - 1, size=coloured - times)]
         return [names[0]] * times + others, f"how many digits are {names[0]}?", names[:1]
     asked = 1 if task == "read" else 2
@@ -144,7 +144,7 @@ def _answer(task: str, colours: list[str], wanted: list[str], labels: np.ndarray
     if task == "read":
         return str(int(labels[0]))
     first, second = int(labels[0]), int(labels[1])
-    return f"{wanted[0]} {first} {wanted[1]} {second} sum {first + second}"
+    return f"{wanted[0]}{first} {wanted[1]}{second} sum{first + second}"
 
 
 def corpus() -> list[str]:
@@ -152,4 +152,4 @@ def corpus() -> list[str]:
     names = list(COLOURS)
     lines = [f"which digit is {a}?" for a in names] + [f"how many digits are {a}?" for a in names]
     lines += [f"what is the sum of {a} and {b}?" for a in names for b in names if a != b]
-    return lines + [f"{a} 7 {b} 5 sum 12" for a in names for b in names if a != b]
+    return lines + [f"{a}7 {b}5 sum12" for a in names for b in names if a != b]
