@@ -83,6 +83,12 @@ class SparseContext:
         self.kept[layer] = chosen | (self.layout.valid & ~self.droppable)
         return self.kept[layer]
 
+    def stacked_selection_logps(self) -> Tensor:
+        """(layers, batch) log-density of the sampled selection; (0, batch) where selection is deterministic."""
+        if not self.selection_logps:
+            return self.p.new_zeros(0, self.layout.batch)
+        return torch.stack([self.selection_logps[layer] for layer in sorted(self.selection_logps)])
+
     def _mass(self, layer: int, query: Tensor, key: Tensor, columns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """(batch, prompt) mass and number of scoring rows that see each token."""
         length = self.layout.length

@@ -14,16 +14,18 @@ from sparsity_forcing.params import TrainParams
 class LossInputs:
     """``per_token_logps``, ``old_logps``, ``ref_logps``: (rows, tokens) float32; ``completion_mask``: same, bool.
 
-    ``selection_logps``, ``old_selection_logps``, ``advantages``: (rows,).
+    ``advantages``: (rows,). ``selection_logps``, ``old_selection_logps``, ``selection_advantages``: (layers, rows), no
+    layers where selection is deterministic.
     """
 
     per_token_logps: Tensor
     old_logps: Tensor
     ref_logps: Tensor
     completion_mask: Tensor
+    advantages: Tensor
     selection_logps: Tensor
     old_selection_logps: Tensor
-    advantages: Tensor
+    selection_advantages: Tensor
 
 
 def grpo_loss(inputs: LossInputs, config: TrainParams) -> tuple[Tensor, dict[str, Tensor]]:
@@ -31,7 +33,8 @@ def grpo_loss(inputs: LossInputs, config: TrainParams) -> tuple[Tensor, dict[str
 
     Token term: −min(ρA, clip(ρ)A) + β·KL with ρ the ratio of current to rollout probability and KL the k3 estimate
     exp(d) − d − 1, d = log π_ref − log π (Schulman, "Approximating KL divergence"). Selection term: the same clipped
-    surrogate on the density of the sampled selection, one ratio per rollout, times `selection_policy.weight`.
+    surrogate on the density of the sampled selection, one ratio per layer and rollout, summed over layers, times
+    `selection_policy.weight`.
 
     On-policy both ratios are 1, so the loss itself is near 0 (mean advantage 0); its gradient is not.
     """
@@ -44,17 +47,19 @@ def grpo_loss(inputs: LossInputs, config: TrainParams) -> tuple[Tensor, dict[str
     kl = torch.exp(gap) - gap - 1
     loss = aggregate(config.beta * kl - surrogate, mask, config.loss_type, config.max_completion_length)
     selection, selection_clipped = _clipped_surrogate(
-        inputs.selection_logps - inputs.old_selection_logps, inputs.advantages, config.epsilon, config.epsilon_high
+        inputs.selection_logps - inputs.old_selection_logps,
+        inputs.selection_advantages,
+        config.epsilon,
+        config.epsilon_high,
     )
-    weight = config.selection_policy.weight if config.selection_policy.sigma > 0 else 0.0
-    if weight > 0:
-        loss = loss - weight * selection.mean()
+    if len(selection):
+        loss = loss - config.selection_policy.weight * selection.sum(0).mean()
     tokens = mask.sum().clamp_min(1)
     difference = ((inputs.per_token_logps - inputs.old_logps).abs() * mask).detach()
     metrics = {
         "kl": (kl * mask).sum() / tokens,
         "clip_fraction": (clipped.float() * mask).sum() / tokens,
-        "selection_clip_fraction": selection_clipped.float().mean(),
+        "selection_clip_fraction": selection_clipped.float().sum() / max(1, selection_clipped.numel()),
         "replay_max_difference": difference.max(),
         "replay_mean_difference": difference.sum() / tokens,
     }

@@ -22,7 +22,7 @@ class Replay(nn.Module):
         self.settings, self.temperature, self.suppressed, self.sigma = settings, temperature, suppressed, sigma
 
     def forward(self, prompts: Prompts, rollouts: Rollouts, group: int) -> tuple[Tensor, Tensor]:
-        """(rows, tokens) log-probabilities and (rows,) log-density of the sampled selection, with gradient.
+        """(rows, tokens) log-probabilities and (layers, rows) log-density of the sampled selection, with gradient.
 
         The visual prefix is computed once per query; completions of a group share its keys and values.
         """
@@ -37,9 +37,7 @@ class Replay(nn.Module):
             perturbed=rollouts.perturbed or None,
         )
         logps = _logps(self.model, prompts, rollouts, group, cache, context, self.temperature, self.suppressed)
-        if context.selection_logps:
-            return logps, sum(context.selection_logps.values())
-        return logps, torch.zeros_like(rollouts.p)
+        return logps, context.stacked_selection_logps()
 
 
 @torch.no_grad()

@@ -30,9 +30,9 @@ class Rollouts:
     """The answers of ``queries * group`` rows and all that the update pass replays.
 
     ``completions``, ``completion_mask``, ``logps``: (rows, tokens); the mask covers sampled tokens, the stop token
-    included. ``kept``, ``perturbed``: per layer (rows, prompt). ``selection_logps``: (rows,) log-density of the
-    sampled selection, summed over layers. ``p``, ``token_ratio``, ``visual_token_ratio``, ``truncated``: (rows,).
-    ``layer_visual_ratio``: (layers, rows).
+    included. ``kept``, ``perturbed``: per layer (rows, prompt). ``selection_logps``: (layers, rows) log-density of the
+    sampled selection; no layers where sigma is 0. ``p``, ``token_ratio``, ``visual_token_ratio``, ``truncated``:
+    (rows,). ``layer_ratio``, ``layer_visual_ratio``: (layers, rows).
     """
 
     completions: Tensor
@@ -44,6 +44,7 @@ class Rollouts:
     p: Tensor
     token_ratio: Tensor
     visual_token_ratio: Tensor
+    layer_ratio: Tensor
     layer_visual_ratio: Tensor
     truncated: Tensor
 
@@ -88,18 +89,18 @@ def roll_out(
         logits = decode_step(model, cache, chosen, position + step, axes, context)
 
     mask = torch.stack(masks, dim=1)
-    density = sum(context.selection_logps.values()) if sigma > 0 else torch.zeros(rows, device=logits.device)
-    visual = layer_ratios(context.kept, layout.visual)
+    ratio, visual = layer_ratios(context.kept, layout.valid), layer_ratios(context.kept, layout.visual)
     return Rollouts(
         completions=torch.stack(tokens, dim=1),
         completion_mask=mask,
         logps=torch.cat(logps, dim=1) * mask,
         kept=context.kept,
         perturbed=context.perturbed,
-        selection_logps=density,
+        selection_logps=context.stacked_selection_logps(),
         p=context.p,
-        token_ratio=layer_ratios(context.kept, layout.valid).mean(0),
+        token_ratio=ratio.mean(0),
         visual_token_ratio=visual.mean(0),
+        layer_ratio=ratio,
         layer_visual_ratio=visual,
         truncated=running,
     )

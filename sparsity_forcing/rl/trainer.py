@@ -133,10 +133,12 @@ class Trainer:
         texts = self.processor.batch_decode(
             rollouts.completions.masked_fill(~rollouts.completion_mask, self._pad_id), skip_special_tokens=True
         )
-        rewards, advantages = self._credit(rows, texts, rollouts)
+        rewards, advantages, selection_advantages = self._credit(rows, texts, rollouts)
         referred = reference_logps(self.reference, prompts, rollouts, group, config.temperature, self.suppressed)
         scored = time.perf_counter()
-        loss, loss_metrics, grad_norm = self._update(prompts, rollouts, group, referred, advantages)
+        loss, loss_metrics, grad_norm = self._update(
+            prompts, rollouts, group, referred, advantages, selection_advantages
+        )
         updated = time.perf_counter()
 
         self.step += 1
@@ -185,21 +187,39 @@ class Trainer:
         )
         return prompts, rollouts, group if shared else 1
 
-    def _credit(self, rows: Sequence[Row], texts: list[str], rollouts: Rollouts) -> tuple[Rewards, Tensor]:
-        """Rewards and advantages of this process's groups; advantages are centred over all processes."""
-        group = self.config.num_generations
+    def _credit(self, rows: Sequence[Row], texts: list[str], rollouts: Rollouts) -> tuple[Rewards, Tensor, Tensor]:
+        """Rewards (queries, group), advantages (queries, group) and selection advantages (layers, rows) of this
+        process's groups. Advantages are centred over the groups of all processes."""
+        config, group = self.config, self.config.num_generations
         correct = torch.tensor([self.score(text, rows[i // group].answer) for i, text in enumerate(texts)])
-        local = torch.stack([correct.to(rollouts.p.device), rollouts.token_ratio, rollouts.p], dim=-1)
-        whole = self.accelerator.gather(local).view(-1, group, 3)
-        rewards = joint_rewards(whole[..., 0], whole[..., 1], self.config.reward.weight_efficiency)
-        budgets = whole[..., 2] if self.config.center_by_budget else None
-        advantages = group_advantages(rewards.total, self.config.scale_rewards, budgets)
+        local = torch.stack([correct.to(rollouts.p.device), rollouts.p, rollouts.token_ratio, *rollouts.layer_ratio])
+        score, budget, ratio, *layers = self.accelerator.gather(local.T.contiguous()).T.unflatten(1, (-1, group))
+        budgets = budget if config.center_by_budget else None
+
+        def credit(token_ratio: Tensor) -> tuple[Rewards, Tensor]:
+            rewards = joint_rewards(score, token_ratio, config.reward.weight_efficiency)
+            return rewards, group_advantages(rewards.total, config.scale_rewards, budgets)
+
+        rewards, advantages = credit(ratio)
+        if not len(rollouts.selection_logps):
+            selection = rollouts.selection_logps
+        elif config.selection_policy.credit == "layer":
+            selection = torch.stack([credit(layer)[1] for layer in layers])
+        else:
+            selection = advantages.expand(len(layers), -1, -1)
         first = self.accelerator.process_index * len(rows)
         own = slice(first, first + len(rows))
-        return Rewards(rewards.correct[own], rewards.efficiency[own]), advantages[own]
+        selection = selection[:, own].flatten(1) if len(selection) else selection
+        return Rewards(rewards.correct[own], rewards.efficiency[own]), advantages[own], selection
 
     def _update(
-        self, prompts: Prompts, rollouts: Rollouts, group: int, referred: Tensor, advantages: Tensor
+        self,
+        prompts: Prompts,
+        rollouts: Rollouts,
+        group: int,
+        referred: Tensor,
+        advantages: Tensor,
+        selection_advantages: Tensor,
     ) -> tuple[float, dict[str, Tensor], float]:
         self.replay.train()
         logps, selection_logps = self.replay(prompts, rollouts, group)
@@ -209,9 +229,10 @@ class Trainer:
                 rollouts.logps,
                 referred,
                 rollouts.completion_mask,
+                advantages.flatten(),
                 selection_logps,
                 rollouts.selection_logps,
-                advantages.flatten(),
+                selection_advantages,
             ),
             self.config,
         )
