@@ -1,0 +1,172 @@
+"""The evaluate stage in a workspace of its own: base and policy, worker processes, MLflow, a kill in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparsity_forcing.data.schema import Row, write_rows
+from sparsity_forcing.evaluation.samples import read_samples
+from sparsity_forcing.evaluation.table import load_table
+from sparsity_forcing.evaluation.workers import WorkerError
+from sparsity_forcing.params import Params, parse_params
+from sparsity_forcing.stages import evaluate
+from sparsity_forcing.stages.inputs import InputError
+
+PARAMS = {
+    "model": {"name": "models/none", "device": "cpu"},
+    "sparsity": {"p": 0.6, "protect_text": False},
+    "evaluate": {"budgets": [0.3, 0.6], "batch_size": 5, "max_new_tokens": 6},
+}
+ROWS = [("Full", 1.0), ("top-p", 0.3), ("top-p", 0.6)]
+OUTPUTS = ("evaluation/samples.parquet", "metrics/evaluate.json")
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return parse_params(PARAMS)
+
+
+@pytest.fixture(scope="module")
+def fill(tiny, rows, migrated_store):
+    """Makes a directory a workspace: 12 questions, the tiny model as base, one with other weights as policy."""
+    from sparsity_forcing.models.tiny import build_model
+    from sparsity_forcing.params import ScratchModel
+
+    def fill(root: Path, rows: list[Row] = rows) -> Path:
+        write_rows(rows, root / evaluate.TEST)
+        shutil.copytree(tiny.directory, root / "models/base")
+        policy = build_model(ScratchModel(layers=2), tiny.processor.tokenizer, seed=1)
+        policy.save_pretrained(root / "models/policy")
+        tiny.processor.save_pretrained(root / "models/policy")
+        shutil.copy(migrated_store, root / "mlflow.db")
+        (root / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+        return root
+
+    return fill
+
+
+@pytest.fixture(scope="module")
+def done(fill, params, tmp_path_factory) -> Path:
+    """A workspace in which the stage has run, straight through."""
+    root = fill(tmp_path_factory.mktemp("straight"))
+    evaluate.run(params, root)
+    return root
+
+
+@pytest.mark.slow
+def test_the_table_holds_every_row_and_is_what_the_samples_say(done):
+    table = load_table(done / "metrics/evaluate.json")
+    samples = read_samples(done / "evaluation/samples.parquet")
+    assert len(samples) == 2 * 3 * 12
+    averages = [(row.checkpoint, row.method, row.p) for row in table.averages()]
+    assert averages == [(checkpoint, *row) for checkpoint in ("base", "policy") for row in ROWS]
+    for row in table.averages():
+        mine = samples[(samples["checkpoint"] == row.checkpoint) & (samples["p"] == row.p)]
+        assert (row.n, row.accuracy) == (12, mine["score"].mean())
+        assert row.visual_token_ratio == pytest.approx(mine["visual_token_ratio"].mean())
+    assert table.find("Full", "base", 1.0).accuracy == 0.5  # by construction of the fixture
+    assert table.find("Full", "policy", 1.0).accuracy < 0.5  # other weights, other answers
+    assert table.find("top-p", "base", 0.3).token_ratio < table.find("top-p", "base", 0.6).token_ratio < 1
+    assert {row.benchmark for row in table.rows} == {"read_6x6", "read_8x8", "sum_6x6", "sum_8x8", "average"}
+
+
+@pytest.mark.slow
+def test_one_flat_mlflow_run_per_row(done, params):
+    from mlflow import MlflowClient
+
+    from sparsity_forcing.tracking import Tracker
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{done / 'mlflow.db'}")
+    runs = [client.get_run(run_id) for run_id in Tracker(params.tracking, done).latest_runs("evaluate")]
+    table = load_table(done / "metrics/evaluate.json")
+    assert len(runs) == 6
+    for run in runs:
+        assert "mlflow.parentRunId" not in run.data.tags
+        given = run.data.params
+        row = table.find(given["method"], given["checkpoint"], float(given["sparse.p"]))
+        assert run.data.metrics["eval/accuracy"] == pytest.approx(row.accuracy)
+        assert run.data.metrics["eval/token_ratio"] == pytest.approx(row.token_ratio)
+        assert run.data.metrics["eval/visual_token_ratio"] == pytest.approx(row.visual_token_ratio)
+        read = table.find(row.method, row.checkpoint, row.p, "read_8x8")
+        assert run.data.metrics["eval/read_8x8"] == pytest.approx(read.accuracy)
+        assert [dataset.dataset.name for dataset in run.inputs.dataset_inputs] == ["test"]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on_and_ends_the_same(done, fill, params, tmp_path, capsys):
+    root = fill(tmp_path)
+    finished = root / evaluate.CACHE / "rows"
+    command = [sys.executable, "-m", "sparsity_forcing", "evaluate", "--root", str(root)]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+        wait_until(lambda: process.poll() is not None or any(finished.glob("*.parquet")))
+        assert process.poll() is None, "ended before a row was done"
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not any((root / output).exists() for output in OUTPUTS)
+    kept = len(list(finished.glob("*.parquet")))
+    assert 1 <= kept < 6
+
+    evaluate.run(params, root)
+    assert capsys.readouterr().out.count("kept from the run before") == kept
+    for output in OUTPUTS:
+        assert (root / output).read_bytes() == (done / output).read_bytes(), output
+    assert not (root / evaluate.CACHE).exists()
+
+
+@pytest.mark.slow
+def test_a_broken_image_fails_with_its_error_and_writes_nothing(fill, params, rows, tmp_path):
+    broken = [replace(rows[0], images=[rows[0].images[0][:40]]), *rows[1:]]
+    root = fill(tmp_path, broken)
+    with pytest.raises(WorkerError, match=r"(?s)evaluation-\d failed:.*(UnidentifiedImageError|OSError)"):
+        evaluate.run(params, root)
+    assert not any((root / output).exists() for output in OUTPUTS)
+
+
+def test_missing_inputs_are_named_with_the_stage_that_makes_them(params, tmp_path, rows):
+    write_rows(rows, tmp_path / evaluate.TEST)
+    with pytest.raises(InputError, match=r"models/base \(made by stage base\), models/policy \(made by stage train\)"):
+        evaluate.run(params, tmp_path)
+
+
+def test_the_fingerprint_depends_on_everything_that_matters(fill, params, tmp_path):
+    from sparsity_forcing.evaluation.runner import Job, fingerprint
+    from sparsity_forcing.methods import TopP
+
+    root = fill(tmp_path)
+    benchmark = evaluate.write_benchmark(params, root)
+    job = Job("base", root / "models/base", TopP(0.6, params.sparsity))
+    same = fingerprint(Job("base", root / "models/base", TopP(0.6, params.sparsity)), benchmark)
+    assert same == fingerprint(job, benchmark)
+    text_protected = params.sparsity.model_copy(update={"protect_text": True})
+    other_score = parse_params(PARAMS | {"train": {"reward": {"correct": "anls"}}})
+    others = [
+        fingerprint(Job("policy", job.directory, job.method), benchmark),
+        fingerprint(Job("base", root / "models/policy", job.method), benchmark),
+        fingerprint(Job("base", job.directory, TopP(0.5, params.sparsity)), benchmark),
+        fingerprint(Job("base", job.directory, TopP(0.6, text_protected)), benchmark),
+        fingerprint(job, replace(benchmark, batch_size=6)),
+        fingerprint(
+            job, evaluate.write_benchmark(parse_params(PARAMS | {"train": {"reward": {"correct": "anls"}}}), root)
+        ),
+    ]
+    config = json.loads((root / "models/base/config.json").read_text())
+    (root / "models/base/config.json").write_text(json.dumps(config | {"note": 1}))
+    others.append(fingerprint(job, benchmark))
+    assert len({same, *others}) == 1 + len(others)
+
+
+def wait_until(condition, seconds: float = 180.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
