@@ -1,0 +1,142 @@
+"""Decode time and cache bytes, dense against sparse, side by side in one process.
+
+Every arm runs the real ``generate`` on the same inputs. A repetition runs all arms, in an order that rotates, so that
+a slow moment of the machine hits them alike; ratios are taken within a repetition, then summarised by median and
+quartiles. End-of-answer is held back so that every arm decodes the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from sparsity_forcing.methods import Method
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is timed: ``model`` run by ``method``."""
+
+    name: str
+    model: torch.nn.Module
+    method: Method
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One ``generate`` call. Times in seconds: ``prefill`` to the first token's logits, ``steps`` per token after."""
+
+    prefill: float
+    steps: np.ndarray
+    cache_bytes: int
+    token_ratio: float
+    visual_token_ratio: float
+
+
+class StepClock(LogitsProcessor):
+    """Notes the time whenever logits are ready; ``synchronise`` waits for the device first."""
+
+    def __init__(self, synchronise: Callable[[], None]) -> None:
+        self.synchronise = synchronise
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.synchronise()
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def run_once(arm: Arm, inputs: dict, new_tokens: int) -> Sample:
+    """One timed ``generate`` of ``new_tokens`` tokens for every row of ``inputs``."""
+    device = next(arm.model.parameters()).device
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    clock = StepClock(synchronise)
+    with arm.method.attend(arm.model) as stats, torch.inference_mode():
+        synchronise()
+        start = time.perf_counter()
+        output = arm.model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([clock]),
+            return_dict_in_generate=True,
+        )
+    marks = np.asarray(clock.times)
+    return Sample(
+        prefill=float(marks[0] - start),
+        steps=np.diff(marks),
+        cache_bytes=tensor_bytes(output.past_key_values),
+        token_ratio=1.0 if stats is None else float(stats.token_ratio.mean()),
+        visual_token_ratio=1.0 if stats is None else float(stats.visual_token_ratio.mean()),
+    )
+
+
+def tensor_bytes(cache) -> int:
+    """Bytes of all keys and values that a transformers cache holds."""
+    return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+
+
+def measure(arms: Sequence[Arm], inputs: dict, new_tokens: int, repetitions: int) -> dict[str, list[Sample]]:
+    """Samples of every arm, one per repetition, after one untimed round."""
+    if new_tokens < 2:
+        raise ValueError(f"decode time needs at least 2 new tokens, got {new_tokens}")
+    for arm in arms:
+        run_once(arm, inputs, new_tokens=2)
+    samples: dict[str, list[Sample]] = {arm.name: [] for arm in arms}
+    for repetition in range(repetitions):
+        turn = repetition % len(arms)
+        for arm in (*arms[turn:], *arms[:turn]):
+            samples[arm.name].append(run_once(arm, inputs, new_tokens))
+    return samples
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = np.quantile(np.asarray(values, dtype=float), [0.25, 0.5, 0.75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def summarise(samples: dict[str, list[Sample]], baseline: str) -> dict[str, dict]:
+    """Per arm: times in milliseconds, cache bytes, and ratios to ``baseline`` taken within each repetition."""
+    decode = {name: [1e3 * float(np.median(s.steps)) for s in runs] for name, runs in samples.items()}
+    prefill = {name: [1e3 * s.prefill for s in runs] for name, runs in samples.items()}
+    dense_bytes = samples[baseline][0].cache_bytes
+    return {
+        name: {
+            "decode_ms_per_token": spread(decode[name]),
+            "decode_ratio": spread([a / b for a, b in zip(decode[name], decode[baseline], strict=True)]),
+            "prefill_ms": spread(prefill[name]),
+            "prefill_ratio": spread([a / b for a, b in zip(prefill[name], prefill[baseline], strict=True)]),
+            "cache_bytes": runs[0].cache_bytes,
+            "cache_ratio": runs[0].cache_bytes / dense_bytes,
+            "token_ratio": runs[0].token_ratio,
+            "visual_token_ratio": runs[0].visual_token_ratio,
+        }
+        for name, runs in samples.items()
+    }
+
+
+def hardware() -> str:
+    """The machine as a reader needs to know it: processor or GPU, and the threads in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    threads = torch.get_num_threads()
+    return f"{_processor_name()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''} used"
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

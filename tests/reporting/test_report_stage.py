@@ -1,0 +1,82 @@
+"""The stage in a workspace with real models, a real MLflow store and nothing made up but the metrics before it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from mlflow import MlflowClient
+
+from sparsity_forcing.evaluation.table import TableError
+from sparsity_forcing.reporting.content import BASE_ARM, DENSE_ARM, POLICY_ARM
+from sparsity_forcing.stages.report import run
+from sparsity_forcing.tracking import Tracker, tracking_uri
+
+
+@pytest.fixture
+def ready(report_root, migrated_store):
+    shutil.copy(migrated_store, report_root / "mlflow.db")
+    return report_root
+
+
+def test_stage_measures_writes_and_logs(report_params, ready, capsys):
+    tracker = Tracker(report_params.tracking, ready)
+    with tracker.run(stage="evaluate", name="policy top-p p=0.975") as evaluation:
+        pass
+    metrics = run(report_params, ready)
+    assert json.loads((ready / "metrics/report.json").read_text()) == metrics
+    assert set(metrics["efficiency"]) == {"visual_tokens_16", "visual_tokens_100"}
+    longest = metrics["efficiency"]["visual_tokens_100"]
+    assert (longest["batch"], longest["new_tokens"], longest["repetitions"]) == (2, 3, 2)
+    assert set(longest["arms"]) == {DENSE_ARM, BASE_ARM, POLICY_ARM}
+    assert metrics["decode"]["visual_tokens"] == 100
+    assert metrics["cache_bytes"]["sparse"] < metrics["cache_bytes"]["dense"]
+    assert metrics["headline"]["accuracy_difference"] == pytest.approx(-0.1)
+    assert metrics["not_measured"] == {}
+
+    page = (ready / "reports/index.html").read_text()
+    assert evaluation.run_id in page
+    assert "compare-runs" in page
+    assert page.count('class="example"') == 2
+    assert "not_measured" not in page
+
+    client = MlflowClient(tracking_uri=tracking_uri(ready))
+    logged = client.get_run(tracker.latest_runs("report")[-1])
+    assert logged.data.metrics["bench/cache_ratio"] == pytest.approx(metrics["cache_bytes"]["ratio"])
+    assert logged.data.metrics["bench/decode_speedup"] == pytest.approx(1 / metrics["decode"]["ratio"])
+    short = metrics["efficiency"]["visual_tokens_16"]["arms"][POLICY_ARM]
+    assert logged.data.metrics["bench/visual_tokens_16/cache_ratio"] == pytest.approx(short["cache_ratio"])
+    artifacts = {item.path for item in client.list_artifacts(logged.info.run_id, "report")}
+    assert {"report/index.html", "report/index.md", "report/figures"} <= artifacts
+    assert str(ready / "reports" / "index.html") in capsys.readouterr().out.replace("\n", "")
+
+
+def test_without_models_the_report_says_so(report_params, ready):
+    (ready / "models").unlink()
+    metrics = run(report_params, ready)
+    assert "models/policy is not there" in metrics["not_measured"]["efficiency"]
+    assert "decode" not in metrics
+    assert "not measured.</strong> models/base is not there" in (ready / "reports/index.html").read_text()
+
+
+def test_without_an_evaluation_nothing_is_written(report_params, ready):
+    (ready / "metrics/evaluate.json").unlink()
+    with pytest.raises(TableError, match=r"metrics/evaluate\.json does not exist: run the evaluate stage first"):
+        run(report_params, ready)
+    assert not (ready / "reports").exists()
+    assert not (ready / "metrics/report.json").exists()
+
+
+def test_a_failure_leaves_the_old_report(report_params, ready, monkeypatch):
+    (ready / "reports").mkdir()
+    (ready / "reports/index.html").write_text("the report before")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparsity_forcing.reporting.build.render_html", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(report_params, ready)
+    assert [path.name for path in (ready / "reports").iterdir()] == ["index.html"]
+    assert (ready / "reports/index.html").read_text() == "the report before"
