@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import StaticCache
 
 from sparsity_forcing.attention.cache import PrunedLayer
 from sparsity_forcing.attention.context import SparseContext
@@ -42,7 +43,7 @@ def sparse_attention(
             ``protect_text``, ``protect_first``, ``protect_last``, ``probe_recent``, ``probe_random``, ``probe_seed``.
 
     Yields:
-        `SparseStats` of the last call inside the block.
+        `SparseStats` of the last call inside the block. Of nested blocks on one model the innermost rules.
 
     Raises:
         ValueError: p or a setting is out of range, or the model's family is not supported.
@@ -57,6 +58,8 @@ def sparse_attention(
     current: list[SparseContext] = []
 
     def enter(module, args, kwargs):
+        if kwargs.get("sparse") is not None:  # a block inside this one, or a caller with a context of its own
+            return None
         if args:
             raise ValueError("call the model with keyword arguments inside sparse_attention")
         cache = kwargs.get("past_key_values")
@@ -67,7 +70,7 @@ def sparse_attention(
             raise ValueError("past_key_values was not made inside this sparse_attention block")
         return args, {**kwargs, "sparse": current[0]}
 
-    handle = model.register_forward_pre_hook(enter, with_kwargs=True)
+    handle = model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
     try:
         with decoder_attention(model):
             yield stats
@@ -83,6 +86,8 @@ def _begin(model, kwargs: dict, settings: SparsityParams, budget: Tensor) -> Spa
     cache = kwargs.get("past_key_values")
     if cache is None and kwargs.get("use_cache"):
         raise ValueError("pass past_key_values=DynamicCache() with use_cache=True, or use_cache=False")
+    if isinstance(cache, StaticCache):
+        raise ValueError("a static cache cannot be pruned; leave out cache_implementation and past_key_values")
     if cache is None:
         kwargs["use_cache"] = False
     else:
