@@ -206,7 +206,7 @@ class RewardParams(_Section):
 class SelectionPolicyParams(_Section):
     """The stochastic selection term. ``sigma`` 0 is the literal objective of the paper.
 
-    ``credit``: what a layer's selection is judged by. ``joint``: the rollout's reward, as its tokens are. ``layer``: the
+    ``credit``: what judges a layer's selection. ``joint``: the rollout's reward, as its tokens are. ``layer``: the
     same reward with the layer's own ratio in the place of the mean over layers, so that a layer is not paid for what
     the others drew.
     """
