@@ -19,14 +19,15 @@ HOST = "127.0.0.1"
 def main(port: Annotated[int, typer.Option(min=1, max=65535)] = 5000) -> None:
     """Serves the runs of the workspace in the current folder until it is interrupted."""
     root = Path(".")
+    if "MLFLOW_TRACKING_URI" not in os.environ and not is_free(port):
+        sys.exit(f"port {port} is in use; choose another: make ui PORT={port + 1}")
     try:
         tracker = Tracker(load_params(root / "params.yaml").tracking, root)
     except (ParamsError, TrackingError) as error:
         sys.exit(str(error))
-    if not tracker.uri.startswith("sqlite:"):
-        sys.exit(f"MLFLOW_TRACKING_URI is set: open {tracker.experiment_url(tracker.uri)}")
-    if not is_free(port):
-        sys.exit(f"port {port} is in use; choose another: make ui PORT={port + 1}")
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        print(f"MLflow runs at MLFLOW_TRACKING_URI: {tracker.experiment_url(tracker.uri)}")
+        return
     print(f"MLflow UI: {tracker.experiment_url(f'http://{HOST}:{port}')}", flush=True)
     artifacts = (tracker.root / "mlruns").as_uri()
     server = ["-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]

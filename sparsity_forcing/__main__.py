@@ -57,7 +57,11 @@ def set_environment(params: Params, root: Path) -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     if params.model.name == "scratch" or (root / params.model.name).is_dir():
-        defaults["HF_HUB_OFFLINE"] = "1"
+        defaults |= {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
