@@ -72,8 +72,8 @@ class Checkpoints:
 def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is whole."""
     try:
-        sums = json.loads((path / _MANIFEST).read_text())["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+        sums = dict(json.loads((path / _MANIFEST).read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{_MANIFEST}: {error}"
     for name, expected in sums.items():
         file = path / name

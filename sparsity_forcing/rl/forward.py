@@ -88,13 +88,13 @@ def _axes(position_ids: Tensor) -> Tensor:
 
 
 def token_logps(logits: Tensor, tokens: Tensor, temperature: float, suppressed: Tensor) -> Tensor:
-    """(rows, tokens) float32 log-probabilities of ``tokens`` under the sampling distribution.
+    """(rows, tokens) log-probabilities of ``tokens`` under the sampling distribution, at least float32.
 
     Args:
         logits: (rows, tokens, vocabulary). temperature: the one sampled with.
         suppressed: ids that are never sampled (image and video placeholders).
     """
-    logits = logits.float() / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     if len(suppressed):
         logits = logits.index_fill(-1, suppressed, -torch.inf)
     chosen = logits.gather(-1, tokens[..., None])[..., 0]

@@ -62,4 +62,4 @@ def _logps(
     tokens = rollouts.completions
     keep = tokens.shape[1] + 1
     logits = run_rest(model, prompts, group, cache, tokens, rollouts.completion_mask, sparse, keep)[:, :-1]
-    return token_logps(logits, tokens, temperature, suppressed) * rollouts.completion_mask
+    return token_logps(logits, tokens, temperature, suppressed).masked_fill(~rollouts.completion_mask, 0.0)

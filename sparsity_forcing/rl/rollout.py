@@ -93,7 +93,7 @@ def roll_out(
     return Rollouts(
         completions=torch.stack(tokens, dim=1),
         completion_mask=mask,
-        logps=torch.cat(logps, dim=1) * mask,
+        logps=torch.cat(logps, dim=1).masked_fill(~mask, 0.0),
         kept=context.kept,
         perturbed=context.perturbed,
         selection_logps=context.stacked_selection_logps(),

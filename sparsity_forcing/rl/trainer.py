@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import get_scheduler
 
-from sparsity_forcing.attention.functions import NAME
+from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import Checkpoints
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.files import write_json_atomic
@@ -85,15 +86,13 @@ class Trainer:
         self.checkpoints, self.on_step = checkpoints, on_step
         self.score = score_function(config.reward.correct)
         self.reference = copy.deepcopy(model).requires_grad_(False).eval()
-        for decoder in (self.model, self.reference):
-            decoder.set_attn_implementation({"text_config": NAME})
         if config.freeze_vision:
             vision_tower(model).requires_grad_(False)
 
         self.suppressed = torch.tensor(visual_token_ids(model.config), device=model.device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        self.schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, config.steps)
         sigma = config.selection_policy.sigma
         replay = Replay(model, sparsity, config.temperature, self.suppressed, sigma)
         self.replay, self.optimizer = self.accelerator.prepare(replay, optimizer)
@@ -104,25 +103,30 @@ class Trainer:
         self._stop_signal: int | None = None
 
     def train(self) -> list[dict]:
-        """Runs to the last step, from the newest whole checkpoint if there is one; returns every step's metrics."""
+        """Runs to the last step, from the newest whole checkpoint if there is one; returns every step's metrics.
+
+        A number that is not finite (of a step that was skipped) is left out of its step's metrics.
+        """
         self._resume()
         self._print_arithmetic()
-        if self.step == 0:
-            self._start = {f"start_{name}": value for name, value in self.validate().items()}
         self._listen()
         try:
-            while self.step < self.config.steps:
-                self._one_step()
-                if self.step % self.config.checkpoint_every == 0 or self._stop_signal:
-                    self._save()
-                if self._stop_signal:
-                    _log.warning("stopped by signal %d; saved step %d", self._stop_signal, self.step)
-                    sys.exit(128 + self._stop_signal)
+            with decoder_attention(self.model), decoder_attention(self.reference):
+                self._run_steps()
         finally:
             self._listen(False)
-        for decoder in (self.model, self.reference):
-            decoder.set_attn_implementation({"text_config": "sdpa"})
         return self.history
+
+    def _run_steps(self) -> None:
+        if self.step == 0:
+            self._start = {f"start_{name}": value for name, value in self.validate().items()}
+        while self.step < self.config.steps:
+            self._one_step()
+            if self.step % self.config.checkpoint_every == 0 or self._stop_signal:
+                self._save()
+            if self._stop_signal:
+                _log.warning("stopped by signal %d; saved step %d", self._stop_signal, self.step)
+                sys.exit(128 + self._stop_signal)
 
     def _one_step(self) -> None:
         started = time.perf_counter()
@@ -160,6 +164,7 @@ class Trainer:
             metrics |= self._start
         if self.step % config.validate_every == 0 or self.step == config.steps:
             metrics |= {f"validation_{name}": value for name, value in self.validate().items()}
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self.history.append(metrics)
         logs_samples = self.step % config.log_samples_every == 0 or self.step == config.steps
         table = sample_table(rows, texts, rollouts, rewards, advantages) if logs_samples else None
@@ -246,7 +251,7 @@ class Trainer:
             _log.warning("step %d: gradient norm is %s; the step is skipped", self.step + 1, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        return float(loss.detach()), metrics, grad_norm if math.isfinite(grad_norm) else -1.0
+        return float(loss.detach()), metrics, grad_norm
 
     @torch.no_grad()
     def validate(self, batch_size: int = 48) -> dict[str, float]:
@@ -276,6 +281,7 @@ class Trainer:
 
     def _sampling(self, temperature: float) -> Sampling:
         stop = self.model.generation_config.eos_token_id
+        stop = self.processor.tokenizer.eos_token_id if stop is None else stop
         stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
         return Sampling(temperature, self.config.max_completion_length, stop_ids, self._pad_id, self.suppressed)
 
@@ -291,9 +297,6 @@ class Trainer:
 
     def _noise_seed(self) -> int:
         return (self.seed * 1_000_003 + self.step) * 1024 + self.accelerator.process_index
-
-    def _learning_rate_factor(self, step: int) -> float:
-        return min(1.0, (step + 1) / max(1, self.config.warmup_steps))
 
     def _save(self) -> None:
         def write(directory: Path) -> None:
@@ -330,7 +333,7 @@ class Trainer:
         config, world = self.config, self.accelerator.num_processes
         rollouts = config.prompts_per_step * config.num_generations
         _log.info(
-            "%d steps x %d prompts x %d generations = %d rollouts (%d a step, %d a process); %d of %d epochs' rows",
-            config.steps, config.prompts_per_step, config.num_generations, config.steps * rollouts,
-            rollouts, rollouts // world, config.steps * config.prompts_per_step, len(self.rows),
+            "%d steps x %d prompts x %d generations = %d rollouts (%d a step, %d a process); %.2f epochs of %d rows",
+            config.steps, config.prompts_per_step, config.num_generations, config.steps * rollouts, rollouts,
+            rollouts // world, config.steps * config.prompts_per_step / len(self.rows), len(self.rows),
         )  # fmt: skip

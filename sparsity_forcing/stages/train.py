@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.rl.trainer import Trainer
+from sparsity_forcing.stages.inputs import require_inputs
 from sparsity_forcing.tracking import Run, Tracker
 
+TRAIN, VALIDATION = Path("data/prepared/train.parquet"), Path("data/prepared/validation.parquet")
 BASE, POLICY = Path("models/base"), Path("models/policy")
 CURVES = Path("plots/train.csv")
 CHECKPOINTS = Path("checkpoints/train")
@@ -28,14 +31,20 @@ def run(params: Params, root: Path) -> dict:
     """Writes models/policy/, plots/train.csv and metrics/train.json; registers the policy; returns the metrics.
 
     Raises:
+        InputError: an input of the stage is missing.
         TrainingError, ModelError: the base or the parameters do not allow the training.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = params.train
-    data = root / "data/prepared"
+    require_inputs(root, {BASE: "base", TRAIN: "prepare", VALIDATION: "prepare"})
     base_files = tuple((root / BASE).glob("*.safetensors"))
-    settings = {"train": config.model_dump(), "sparsity": params.sparsity.model_dump(), "seed": params.seed}
-    identity = fingerprint(settings, (*base_files, data / "train.parquet", data / "validation.parquet"))
+    settings = {
+        "train": config.model_dump(),
+        "sparsity": params.sparsity.model_dump(),
+        "seed": params.seed,
+        "dtype": params.model.dtype,
+    }
+    identity = fingerprint(settings, (*base_files, root / TRAIN, root / VALIDATION))
     model, processor = load(root / BASE, params.model.dtype, params.model.device)
     tracker = Tracker(params.tracking, root)
     varied = {
@@ -49,15 +58,15 @@ def run(params: Params, root: Path) -> dict:
     }
     started = time.perf_counter()
     with tracker.run(stage="train", name="train", params=varied, tags={"prefill": params.sparsity.prefill}) as record:
-        for split in ("train", "validation"):
-            record.dataset(data / f"{split}.parquet", name=f"{params.data.source}-{split}", split=split)
+        for split in (TRAIN, VALIDATION):
+            record.dataset(root / split, name=f"{params.data.source}-{split.stem}", split=split.stem)
         with Progress("train", config.steps) as progress:
             reporter = _Reporter(record, progress)
             trainer = Trainer(
                 model,
                 processor,
-                read_rows(data / "train.parquet"),
-                read_rows(data / "validation.parquet"),
+                read_rows(root / TRAIN),
+                read_rows(root / VALIDATION),
                 config,
                 params.sparsity,
                 params.seed,
@@ -77,14 +86,18 @@ def run(params: Params, root: Path) -> dict:
             record.artifact(root / CURVES)
             version = tracker.register_policy(root / POLICY, record.run_id, metrics["end"])
             trainer.checkpoints.clear()
-    end = metrics["end"]
-    print(
+            print(_sentence(metrics, params, version))
+    return metrics
+
+
+def _sentence(metrics: dict, params: Params, version: str) -> str:
+    start, end = metrics["start"], metrics["end"]
+    return (
         f"train: {metrics['steps']} steps, {metrics['rollouts']:,} rollouts in {metrics['seconds']:.0f} s; at "
         f"p = {params.sparsity.p} the validation accuracy is {end['accuracy']:.3f}, visual token ratio "
-        f"{metrics['start']['visual_token_ratio']:.3f} -> {end['visual_token_ratio']:.3f}; "
+        f"{start['visual_token_ratio']:.3f} -> {end['visual_token_ratio']:.3f}; "
         f"{params.tracking.registered_model} version {version} is {params.tracking.alias!r}"
     )
-    return metrics
 
 
 class _Reporter:
@@ -101,7 +114,7 @@ class _Reporter:
             step,
             reward=metrics["reward"],
             accuracy=metrics["accuracy"],
-            visual_token_ratio=metrics["visual_token_ratio"],
+            visual_token_ratio=metrics.get("visual_token_ratio", math.nan),  # a step may ask without images
             tokens_per_second=metrics["new_tokens_per_second"],
         )
         if samples is not None:
@@ -134,7 +147,7 @@ def _summary(history: list[dict], seconds: float, params: Params) -> dict:
         "new_tokens_per_second": sum(r["new_tokens"] for r in history) / sum(r["seconds_rollout"] for r in history),
         "start": {name: first[f"start_{name}"] for name in VALIDATED},
         "end": {name: last[f"validation_{name}"] for name in VALIDATED},
-        "replay_max_difference": max(row["replay_max_difference"] for row in history),
+        "replay_max_difference": max(row.get("replay_max_difference", 0.0) for row in history),
         "skipped_steps": int(history[-1]["skipped_steps"]),
         "seed": params.seed,
         "device": params.model.device,
