@@ -225,6 +225,7 @@ class TrainParams(_Section):
     budgets: tuple[Budget, ...] = (0.94, 0.945, 0.95, 0.955, 0.96, 0.965, 0.97, 0.975)
     learning_rate: PositiveFloat = 5e-4
     warmup_steps: NonNegative = 10
+    lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     beta: NonNegativeFloat = 0.04
@@ -272,10 +273,10 @@ class ReportParams(_Section):
 
     examples: NonNegative = 3
     kept_rows: Positive = 96
-    decode_grids: tuple[Annotated[int, Field(ge=3, le=64)], ...] = (12, 24, 36)
+    decode_grids: tuple[Annotated[int, Field(ge=3, le=64)], ...] = (8, 12, 24)
     decode_batch_size: Positive = 4
     decode_tokens: Annotated[int, Field(ge=2)] = 32
-    decode_repetitions: Positive = 5
+    decode_repetitions: Positive = 7
 
 
 class TrackingParams(_Section):
