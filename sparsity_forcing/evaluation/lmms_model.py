@@ -196,7 +196,11 @@ def generation_arguments(settings: dict, max_new_tokens: int) -> dict:
 
 
 def until(text: str, stops: list[str] | str | None) -> str:
-    """``text`` before the first of the stop strings."""
+    """``text`` before the first of the stop strings.
+
+    A blank line is no stop string: it is what lmms-eval fills in for tasks that name none, and would cut off every
+    answer that reasons in paragraphs. lmms-eval's own Qwen2.5-VL model leaves it out too.
+    """
     for stop in [stops] if isinstance(stops, str) else stops or []:
-        text = text.split(stop, 1)[0] if stop else text
+        text = text if stop in ("", "\n\n") else text.split(stop, 1)[0]
     return text

@@ -22,6 +22,8 @@ from sparsity_forcing.evaluation.tasks import LocalTask
 from sparsity_forcing.evaluation.workers import run_in_processes
 from sparsity_forcing.methods import Method
 
+CODE = ("attention", "evaluation", "methods", "models", "selection")  # what decides an answer
+
 
 @dataclass(frozen=True)
 class Job:
@@ -99,7 +101,7 @@ def fingerprint(job: Job, benchmark: Benchmark) -> str:
         "model": digest_files(job.directory),
         "benchmark": benchmark.digest,
         "settings": [benchmark.batch_size, benchmark.dtype, benchmark.device],
-        "code": digest_files(Path(sparsity_forcing.__file__).parent, "*.py") + _kernels_digest(),
+        "code": _code_digest(),
         "versions": {name: version(name) for name in ("lmms_eval", "torch", "transformers")},
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
@@ -115,10 +117,12 @@ def digest_files(directory: Path, pattern: str = "*") -> str:
     return digest.hexdigest()
 
 
-def _kernels_digest() -> str:
+def _code_digest() -> str:
     import sparsity_kernels
 
-    return digest_files(Path(sparsity_kernels.__file__).parent, "*.py")
+    package = Path(sparsity_forcing.__file__).parent
+    folders = [*(package / name for name in CODE), Path(sparsity_kernels.__file__).parent]
+    return "".join(digest_files(folder, "*.py") for folder in folders)
 
 
 def _plain(value: object) -> object:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 
 from sparsity_forcing.data.schema import Row
@@ -68,7 +70,7 @@ def write_tasks(
     tasks = tuple(LocalTask(name, label, len(groups[label])) for name, label in _task_names(sorted(groups)).items())
     with replace_directory(directory) as temporary:
         for task in tasks:
-            _documents(groups[task.label], score).to_parquet(temporary / f"{task.name}.parquet")
+            pq.write_table(_documents(groups[task.label], score), temporary / f"{task.name}.parquet")
             text = yaml.dump(_configuration(task.name, max_new_tokens), Dumper=_Dumper, sort_keys=False)
             (temporary / f"{task.name}.yaml").write_text(text, encoding="utf-8")
     return tasks
@@ -89,8 +91,8 @@ def _task_names(labels: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _documents(rows: list[Row], score: str):
-    """A `datasets.Dataset`; its image type lets lmms-eval leave images out where it only needs the text."""
+def _documents(rows: list[Row], score: str) -> pa.Table:
+    """A table with the types of `datasets` in it: its image type lets lmms-eval leave images out for the scoring."""
     from datasets import Dataset, Features, Image, List, Value
 
     text = Value("string")
@@ -103,7 +105,7 @@ def _documents(rows: list[Row], score: str):
         }
         for row in rows
     ]
-    return Dataset.from_list(records, features=features)
+    return Dataset.from_list(records, features=features).with_format("arrow")[:]
 
 
 def _configuration(name: str, max_new_tokens: int) -> dict:

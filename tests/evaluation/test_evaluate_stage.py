@@ -109,9 +109,11 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(done, fill, params, t
     finished = root / evaluate.CACHE / "rows"
     command = [sys.executable, "-m", "sparsity_forcing", "evaluate", "--root", str(root)]
     with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as process:
-        wait_until(lambda: process.poll() is not None or any(finished.glob("*.parquet")))
-        assert process.poll() is None, "ended before a row was done"
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            wait_until(lambda: process.poll() is not None or any(finished.glob("*.parquet")))
+            assert process.poll() is None, "ended before a row was done"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
     assert not any((root / output).exists() for output in OUTPUTS)
     kept = len(list(finished.glob("*.parquet")))
     assert 1 <= kept < 6
@@ -155,9 +157,7 @@ def test_the_fingerprint_depends_on_everything_that_matters(fill, params, tmp_pa
         fingerprint(Job("base", job.directory, TopP(0.5, params.sparsity)), benchmark),
         fingerprint(Job("base", job.directory, TopP(0.6, text_protected)), benchmark),
         fingerprint(job, replace(benchmark, batch_size=6)),
-        fingerprint(
-            job, evaluate.write_benchmark(parse_params(PARAMS | {"train": {"reward": {"correct": "anls"}}}), root)
-        ),
+        fingerprint(job, evaluate.write_benchmark(other_score, root)),
     ]
     config = json.loads((root / "models/base/config.json").read_text())
     (root / "models/base/config.json").write_text(json.dumps(config | {"note": 1}))

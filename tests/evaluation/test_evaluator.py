@@ -207,7 +207,8 @@ def test_generation_arguments_of_tasks():
 def test_stop_strings_cut_the_answer():
     from sparsity_forcing.evaluation.lmms_model import until
 
-    assert until("a\n\nb. c", ["\n\n", "."]) == "a"
+    assert until("a\n\nb. c", ["\n\n", "."]) == "a\n\nb"  # a blank line is lmms-eval's filler, no stop string
+    assert until("a\nb", ["\n", "."]) == "a"
     assert until("a. b", ".") == "a"
     assert until("abc", ["", "x"]) == "abc"
     assert until("abc", None) == "abc"
