@@ -133,9 +133,7 @@ def pretrain(
 
 
 def answer_loss(model: PreTrainedModel, inputs: dict, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Mean over answers of their mean token cross-entropy, and the share of answers that are right in every token.
-
-    Every answer weighs the same: averaged over all tokens, one-token answers would hardly be learned beside long ones.
+    """Mean cross-entropy of the answer tokens, and the share of answers that are right in every token.
 
     Args:
         inputs, labels: as `models.prompts.append_answers` gives them, on any device.
@@ -147,8 +145,7 @@ def answer_loss(model: PreTrainedModel, inputs: dict, labels: torch.Tensor) -> t
     logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
     labels = labels[:, first:]
     right = ((logits.argmax(-1) == labels) | (labels == -100)).all(1)
-    per_token = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    loss = (per_token.sum(1) / (labels != -100).sum(1)).mean()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     return loss, right.float().mean().item()
 
 
