@@ -24,12 +24,23 @@ class Measured:
 
     ``kept``: checkpoint -> kept sets on the same questions. ``lengths``: one entry per prompt length, ascending:
     {"visual_tokens", "prompt_tokens", "batch", "new_tokens", "repetitions", "arms": {arm: summary}}.
+    ``evaluated_visual_tokens``: the most visual tokens that a question of the evaluation had.
     """
 
     hardware: str
     kept: dict[str, Kept] = field(default_factory=dict)
     lengths: list[dict] = field(default_factory=list)
+    evaluated_visual_tokens: int | None = None
     missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def main(self) -> dict | None:
+        """The length to quote: the longest that the evaluation covers, so that τ there is the τ that was trained."""
+        covered = [length for length in self.lengths if self.covers(length)]
+        return covered[-1] if covered else self.lengths[0] if self.lengths else None
+
+    def covers(self, length: dict) -> bool:
+        return self.evaluated_visual_tokens is None or length["visual_tokens"] <= self.evaluated_visual_tokens
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,9 @@ def headline_text(found: Headline) -> str:
     else:
         kept = f"{fmt.percent(after.token_ratio)} of the tokens instead of {fmt.percent(before.token_ratio)}"
     return (
-        f"At budget p = {after.p:g} the trained model keeps {kept}, and answers {fmt.percent(after.accuracy)} of "
-        f"{fmt.amount(after.n)} held-out questions where the dense base model answers {fmt.percent(dense.accuracy)}."
+        f"At budget p = {after.p:g} the trained model keeps {kept} before training, and answers "
+        f"{fmt.percent(after.accuracy)} of {fmt.amount(after.n)} held-out questions where the dense base model answers "
+        f"{fmt.percent(dense.accuracy)}."
     )
 
 
@@ -147,10 +159,9 @@ def cards(found: Headline, inputs: Inputs, measured: Measured) -> list[Card]:
             f"dense base {fmt.percent(dense.accuracy)}; {difference_text(found)}",
         ),
     ]
-    if measured.lengths:
-        longest = measured.lengths[-1]
-        arm = longest["arms"][POLICY_ARM]
-        at = f"of dense, {longest['visual_tokens']} visual tokens, batch {longest['batch']}"
+    if measured.main is not None:
+        arm = measured.main["arms"][POLICY_ARM]
+        at = f"of dense, {fmt.amount(measured.main['visual_tokens'])} visual tokens, batch {measured.main['batch']}"
         result.append(Card("Cache bytes", fmt.percent(arm["cache_ratio"], 0), at))
         result.append(Card("Decode time per token", fmt.times(arm["decode_ratio"]["median"]), at))
     else:

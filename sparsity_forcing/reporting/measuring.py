@@ -45,7 +45,8 @@ def measure_all(params: Params, root: Path, inputs: Inputs, on_progress: Progres
         on_progress(f"kept sets of the {name}, {len(rows)} questions")
         kept[name] = measure_kept(model, processor, list(rows.values()), method, params.evaluate.max_new_tokens)
     lengths = measure_lengths(params, models, processor, inputs.test_rows, method, on_progress)
-    return Measured(hardware(), kept, lengths), [row.id for row in examples]
+    evaluated = None if inputs.samples is None else int(inputs.samples["visual_tokens"].max())
+    return Measured(hardware(), kept, lengths, evaluated), [row.id for row in examples]
 
 
 def label_of(row: Row) -> str:

@@ -160,7 +160,8 @@ def efficiency_section(measured: Measured) -> Section:
             ratio = arm["decode_ratio"]
             rows.append(
                 [
-                    *(fmt.amount(length[key]) for key in ("visual_tokens", "prompt_tokens", "batch")),
+                    fmt.amount(length["visual_tokens"]) + ("" if measured.covers(length) else " †"),
+                    *(fmt.amount(length[key]) for key in ("prompt_tokens", "batch")),
                     *(name, fmt.percent(arm["visual_token_ratio"])),
                     f"{arm['decode_ms_per_token']['median']:.2f}",
                     fmt.times(ratio["median"]),
@@ -176,13 +177,17 @@ def efficiency_section(measured: Measured) -> Section:
         f"Measured in one process on {measured.hardware}: every repetition runs all three in turn with the same "
         f"inputs and {first['new_tokens']} new tokens, and ratios are taken within a repetition "
         f"({first['repetitions']} repetitions). Cache bytes are those of the key and value tensors held at the end "
-        f"of the answer. The dense times themselves spread by {fmt.percent(_dense_spread(measured.lengths), 0)} "
+        "of the answer; a layer's tensor is as wide as the row of the batch that keeps most, so bytes stay above τ. "
+        f"The dense times themselves spread by {fmt.percent(_dense_spread(measured.lengths), 0)} "
         "between their quartiles: a difference smaller than that is noise of the machine."
     )
+    caption = "Medians; ratios are to the dense base"
+    if not all(map(measured.covers, measured.lengths)):
+        caption += ". † Longer than any question of the evaluation: accuracy and τ are not evaluated there"
     blocks: list[Block] = [Text(intro), Text(_decode_verdict(measured.lengths))]
     if len(measured.lengths) > 1:
         blocks.append(Plot(plots.decode_by_length(measured.lengths, (BASE_ARM, POLICY_ARM), DENSE_ARM)))
-    blocks.append(Table("Medians; ratios are to the dense base", columns, rows, highlight=chosen))
+    blocks.append(Table(caption, columns, rows, highlight=chosen))
     return Section("efficiency", title, blocks)
 
 

@@ -48,17 +48,16 @@ def run(params: Params, root: Path) -> dict:
 
 def report_metrics(found: Headline, measured: Measured) -> dict:
     """What metrics/report.json holds. ``decode`` and ``cache_bytes`` compare the policy with the dense base at the
-    longest prompt; ``efficiency`` has every arm at every length."""
+    longest prompt that the evaluation covers; ``efficiency`` has every arm at every length."""
     metrics = {"headline": found.numbers(), "hardware": measured.hardware, "not_measured": measured.missing}
-    if not measured.lengths:
+    if measured.main is None:
         return metrics
-    longest = measured.lengths[-1]
-    dense, sparse = longest["arms"][DENSE_ARM], longest["arms"][POLICY_ARM]
+    dense, sparse = measured.main["arms"][DENSE_ARM], measured.main["arms"][POLICY_ARM]
     metrics["decode"] = {
         "dense_ms_per_token": dense["decode_ms_per_token"]["median"],
         "sparse_ms_per_token": sparse["decode_ms_per_token"]["median"],
         "ratio": sparse["decode_ratio"]["median"],
-        **{key: longest[key] for key in ("visual_tokens", "prompt_tokens", "batch", "new_tokens", "repetitions")},
+        **{key: measured.main[key] for key in ("visual_tokens", "prompt_tokens", "batch", "new_tokens", "repetitions")},
     }
     metrics["cache_bytes"] = {
         "dense": dense["cache_bytes"],
@@ -70,7 +69,7 @@ def report_metrics(found: Headline, measured: Measured) -> dict:
 
 
 def bench_metrics(metrics: dict) -> dict[str, float]:
-    """The same numbers under MLflow's names: ``bench/*`` of the longest prompt, ``bench/visual_tokens_N/*`` of each."""
+    """The same numbers under MLflow's names: ``bench/*`` of the length quoted, ``bench/visual_tokens_N/*`` of each."""
     values = {f"bench/headline/{name}": value for name, value in metrics["headline"].items()}
     if "decode" in metrics:
         values["bench/decode_speedup"] = 1 / metrics["decode"]["ratio"]

@@ -219,6 +219,19 @@ def test_the_verdict_on_speed_goes_by_the_quartiles(low, high, verdict, report_p
     )
 
 
+def test_the_length_quoted_is_one_that_was_evaluated(report_params, report_root):
+    measured = replace(made_up_measurements(digit_rows(3)), evaluated_visual_tokens=200)
+    short, long = measured.lengths
+    short["arms"][POLICY_ARM]["cache_ratio"] = 0.3333
+    assert measured.main is short
+    markdown = render_markdown(document(report_params, report_root, measured))
+    assert "| Cache bytes | **33%** | of dense, 144 visual tokens, batch 4 |" in markdown
+    assert "| **576 †** |" in markdown
+    assert "† Longer than any question of the evaluation" in markdown
+    assert replace(measured, evaluated_visual_tokens=576).main is long
+    assert replace(measured, evaluated_visual_tokens=1).main is short
+
+
 def test_layers_and_differences_come_from_the_samples(report_params, report_root):
     path = report_root / "evaluation/samples.parquet"
     samples = pd.read_parquet(path)
