@@ -1,0 +1,129 @@
+"""The update pass sees what the rollout saw, and its gradient is that of the unshared, uncut pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from scenes import (
+    TEMPERATURE,
+    assert_same,
+    cut_short,
+    gradients,
+    prompts_of,
+    replayed,
+    rollouts_of,
+    suppressed,
+)
+from tiny_prompts import encode, extend, mixed_questions, sharp_model
+
+from sparsity_forcing.attention.api import decoder_attention
+from sparsity_forcing.params import SparsityParams
+from sparsity_forcing.rl.replay import reference_logps
+
+GROUP = 2
+BUDGETS = torch.tensor([0.5, 0.8]).repeat(4)
+LENGTHS = [5, 1, 3, 5, 2, 4, 5, 5]
+KINDS = [("suffix", "text"), ("dense", "text"), ("sparse", "text"), ("suffix", "probe"), ("sparse", "all")]
+
+
+def scene(model, processor, settings: SparsityParams, sigma: float):
+    """Prompts, ragged rollouts and how often prompts repeat inside the passes."""
+    shared = settings.prefill != "sparse" and settings.scoring_rows == "text"
+    questions = mixed_questions() if shared else [q for q in mixed_questions() for _ in range(GROUP)]
+    prompts = prompts_of(model, processor, questions, settings)
+    group = GROUP if shared else 1
+    rollouts = rollouts_of(model, prompts, BUDGETS, group, settings, sigma=sigma)
+    return prompts, cut_short(rollouts, LENGTHS), group
+
+
+def kind(prefill: str, scoring_rows: str) -> SparsityParams:
+    return SparsityParams(prefill=prefill, scoring_rows=scoring_rows, probe_recent=3, probe_random=6)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+@pytest.mark.parametrize("prefill, scoring_rows", KINDS)
+def test_replay_gives_the_log_probabilities_of_the_rollout(policy, prefill, scoring_rows, sigma):
+    model, processor = policy
+    settings = kind(prefill, scoring_rows)
+    prompts, rollouts, group = scene(model, processor, settings, sigma)
+    assert rollouts.completion_mask.sum() == sum(LENGTHS)
+    logps, selection = replayed(model, prompts, rollouts, group, settings, sigma)
+    torch.testing.assert_close(logps, rollouts.logps, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(selection, rollouts.selection_logps, rtol=1e-6, atol=1e-6)
+    assert selection.shape == ((2, 8) if sigma else (0, 8))
+
+    dense = reference_logps(model, prompts, rollouts, group, TEMPERATURE, suppressed(model))
+    assert (dense - rollouts.logps)[rollouts.completion_mask].abs().max() > 1e-3  # a dense update would be off
+
+
+@pytest.mark.parametrize("prefill", ["suffix", "dense", "sparse"])
+def test_replay_in_single_precision(single, prefill):
+    model, processor = single
+    settings = kind(prefill, "text")
+    prompts, rollouts, group = scene(model, processor, settings, sigma=0.5)
+    logps, _ = replayed(model, prompts, rollouts, group, settings, sigma=0.5)
+    assert (logps - rollouts.logps).abs().max() < 1e-5
+
+
+def test_tokens_after_the_stop_token_do_not_matter(policy):
+    model, processor = policy
+    prompts, rollouts, group = scene(model, processor, SparsityParams(), 0.0)
+    garbage = rollouts.completions.masked_fill(~rollouts.completion_mask, 77)
+    expected, _ = replayed(model, prompts, rollouts, group, SparsityParams())
+    found, _ = replayed(model, prompts, replace(rollouts, completions=garbage), group, SparsityParams())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prefill", ["suffix", "dense"])
+def test_sharing_the_prefix_leaves_the_gradient_as_it_is(policy, prefill):
+    model, processor = policy
+    settings = kind(prefill, "text")
+    prompts, rollouts, group = scene(model, processor, settings, sigma=0.5)
+    repeated = prompts_of(model, processor, [q for q in mixed_questions() for _ in range(GROUP)], settings)
+    weights = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    results = []
+    for these, times in ((prompts, group), (repeated, 1)):
+        logps, selection = replayed(model, these, rollouts, times, settings, sigma=0.5)
+        results.append((logps, selection, gradients(model, logps.mean(-1) @ weights, (selection @ weights).sum())))
+    (logps, selection, found), (other_logps, other_selection, expected) = results
+    torch.testing.assert_close(logps, other_logps, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(selection, other_selection, rtol=1e-6, atol=1e-6)
+    assert_same(found, expected)
+
+
+def test_the_cut_leaves_the_gradient_as_it_is(policy, monkeypatch):
+    model, processor = policy
+    settings = SparsityParams()
+    results = []
+    for shares in (True, False):
+        monkeypatch.setattr("sparsity_forcing.rl.prompts.shares_prefix", lambda settings, shares=shares: shares)
+        prompts = prompts_of(model, processor, mixed_questions(), settings, encode_images=False)
+        assert (prompts.prefix > 0) == shares
+        rollouts = cut_short(rollouts_of(model, prompts, BUDGETS[:4], 1, settings), LENGTHS[:4])
+        logps, _ = replayed(model, prompts, rollouts, 1, settings)
+        results.append((rollouts.completions, logps, gradients(model, logps.sum())))
+    (tokens, logps, found), (other_tokens, other_logps, expected) = results
+    assert torch.equal(tokens, other_tokens)
+    torch.testing.assert_close(logps, other_logps, rtol=1e-10, atol=1e-10)
+    assert_same(found, expected)
+    assert found["model.visual.patch_embed.proj.weight"].abs().max() > 0  # through the prefix to the pixels
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_the_reference_is_plain_transformers(family):
+    model, processor = sharp_model(family)
+    with decoder_attention(model):
+        prompts, rollouts, group = scene(model, processor, SparsityParams(), 0.0)
+        found = reference_logps(model, prompts, rollouts, group, TEMPERATURE, suppressed(model))
+    repeated = encode(processor, [question for question in mixed_questions() for _ in range(GROUP)])
+    with torch.no_grad():
+        logits = model(**extend(repeated, rollouts.completions, rollouts.completion_mask)).logits
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+    logits = logits[:, -rollouts.completions.shape[1] - 1 : -1] / TEMPERATURE
+    logits[..., suppressed(model)] = -torch.inf
+    expected = logits.log_softmax(-1).gather(-1, rollouts.completions[..., None])[..., 0]
+    real = rollouts.completion_mask
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-8, atol=1e-8)
+    assert (found[~real] == 0).all()

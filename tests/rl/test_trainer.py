@@ -1,0 +1,287 @@
+"""The trainer: exact resume, skipped steps, what it logs and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_prompts import sharp_model
+
+from sparsity_forcing.checkpoints import Checkpoints
+from sparsity_forcing.data.digits_source import digits_row
+from sparsity_forcing.data.schema import Row
+from sparsity_forcing.params import DigitsParams, SparsityParams, TrainParams
+from sparsity_forcing.rl.trainer import Trainer, TrainingError
+
+SPARSITY = SparsityParams(p=0.8)
+CONFIG = {
+    "steps": 4,
+    "prompts_per_step": 2,
+    "num_generations": 4,
+    "budgets": (0.6, 0.9),
+    "max_completion_length": 4,
+    "learning_rate": 1e-2,
+    "warmup_steps": 3,
+    "checkpoint_every": 2,
+    "validate_every": 2,
+    "validation_rows": 3,
+    "log_samples_every": 2,
+}
+
+
+def rows(split: str, count: int) -> list[Row]:
+    return [digits_row(DigitsParams(grids=(4, 5)), 0, split, place) for place in range(count)]
+
+
+class Recorder:
+    """Keeps what the trainer reports."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict] = []
+        self.tables: list[list[dict]] = []
+
+    def __call__(self, metrics: dict, table: list[dict] | None) -> None:
+        self.steps.append(metrics)
+        self.tables += [] if table is None else [table]
+
+
+def trainer_of(directory: Path, recorder=None, train=None, sparsity=SPARSITY, identity="abc", **changes) -> Trainer:
+    model, processor = sharp_model(dtype=torch.float32)
+    config = TrainParams(**{**CONFIG, **changes})
+    checkpoints = Checkpoints(directory, identity)
+    train = rows("train", 6) if train is None else train
+    report = recorder or Recorder()
+    return Trainer(model, processor, train, rows("validation", 4), config, sparsity, 3, checkpoints, report)
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights and optimizer moments."""
+    named = {f"model.{name}": value.clone() for name, value in trainer.model.state_dict().items()}
+    for index, moments in trainer.optimizer.state_dict()["state"].items():
+        named |= {f"optimizer.{index}.{name}": torch.as_tensor(value).clone() for name, value in moments.items()}
+    return named
+
+
+def assert_bit_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def timeless(history: list[dict]) -> list[dict]:
+    """The history without what a clock says."""
+    clocks = ("seconds", "per_second")
+    return [{name: v for name, v in row.items() if not any(clock in name for clock in clocks)} for row in history]
+
+
+class StopAfter(Recorder):
+    """Ends the process' training after a step, as a power cut would."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def __call__(self, metrics: dict, table: list[dict] | None) -> None:
+        super().__call__(metrics, table)
+        if metrics["step"] == self.step:
+            raise ConnectionAbortedError
+
+
+@pytest.mark.parametrize("change", [{}, {"selection_policy": {"sigma": 0.0}}, {"freeze_vision": False}])
+def test_a_resumed_run_is_the_run_that_was_never_interrupted(tmp_path, caplog, change):
+    straight = trainer_of(tmp_path / "straight", **change)
+    history = straight.train()
+
+    interrupted = trainer_of(tmp_path / "resumed", StopAfter(3), **change)
+    with pytest.raises(ConnectionAbortedError):
+        interrupted.train()
+    resumed = trainer_of(tmp_path / "resumed", **change)
+    torch.manual_seed(99)  # what the process drew before must not matter
+    resumed_history = resumed.train()
+    assert "resumed from" in caplog.text
+    assert "at step 2 of 4" in caplog.text
+    assert_bit_equal(state(resumed), state(straight))
+    assert timeless(resumed_history) == timeless(history)
+    assert [row["step"] for row in history] == [1, 2, 3, 4]
+
+
+def test_training_moves_all_trained_weights_and_no_others(tmp_path):
+    trainer = trainer_of(tmp_path, steps=2)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    reference = {name: value.clone() for name, value in trainer.reference.state_dict().items()}
+    trainer.train()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("model.visual."), name
+    assert_bit_equal(trainer.reference.state_dict(), reference)
+
+
+def test_the_vision_tower_learns_where_it_is_not_frozen(tmp_path):
+    trainer = trainer_of(tmp_path, steps=2, freeze_vision=False)
+    before = trainer.model.model.visual.patch_embed.proj.weight.clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.model.visual.patch_embed.proj.weight, before)
+
+
+def test_the_model_is_plain_again_after_training(tmp_path):
+    trainer = trainer_of(tmp_path, steps=1)
+    trainer.train()
+    assert trainer.model.config.text_config._attn_implementation == "sdpa"
+    interrupted = trainer_of(tmp_path / "other", StopAfter(1))
+    with pytest.raises(ConnectionAbortedError):
+        interrupted.train()
+    assert interrupted.model.config.text_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "sparsity", [SPARSITY, SparsityParams(p=0.8, prefill="sparse"), SparsityParams(p=0.8, prefill="dense")]
+)
+def test_on_policy_the_replay_agrees_and_the_metrics_are_whole(tmp_path, sparsity):
+    recorder = Recorder()
+    trainer_of(tmp_path, recorder, sparsity=sparsity, steps=2).train()
+    for row in recorder.steps:
+        assert row["replay_max_difference"] < 1e-5
+        assert row["clip_fraction"] == 0
+        assert row["rollouts"] == 8
+        assert 8 <= row["new_tokens"] <= 32
+        assert 0 < row["visual_token_ratio"] < row["token_ratio"] < 1
+        assert row["p0.600/visual_token_ratio"] < row["p0.900/visual_token_ratio"]
+        assert row["grad_norm"] > 0
+        assert all(math.isfinite(value) for value in row.values())
+    assert recorder.steps[0]["kl"] != recorder.steps[1]["kl"]
+    for name in ("accuracy", "token_ratio", "visual_token_ratio"):
+        assert f"start_{name}" in recorder.steps[0]
+        assert f"validation_{name}" in recorder.steps[1]
+
+
+def test_samples_hold_what_was_asked_answered_kept_and_earned(tmp_path):
+    recorder = Recorder()
+    trainer_of(tmp_path, recorder, steps=2).train()
+    (table,) = recorder.tables
+    assert len(table) == 8
+    assert [record["p"] for record in table] == [0.6, 0.9] * 4
+    for record in table:
+        assert record["image"].startswith(b"\x89PNG")
+        assert record["question"].endswith("?")
+        assert 0 < record["visual_token_ratio"] <= 1
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_is_skipped_and_counted(tmp_path, caplog, poison):
+    trainer = trainer_of(tmp_path)
+    weight = trainer.model.model.language_model.layers[0].self_attn.q_proj.weight
+    backwards = []
+
+    def poisoned_once(gradient):
+        backwards.append(None)
+        return gradient * poison if len(backwards) == 2 else gradient
+
+    weight.register_hook(poisoned_once)
+    history = trainer.train()
+    assert [row["skipped_steps"] for row in history] == [0, 1, 1, 1]
+    assert "the step is skipped" in caplog.text
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    assert ["grad_norm" in row for row in history] == [True, False, True, True]
+
+
+def test_a_skipped_step_changes_no_weight(tmp_path):
+    trainer = trainer_of(tmp_path, steps=1, checkpoint_every=1)
+    trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert_bit_equal(trainer.model.state_dict(), before)
+
+
+def test_a_loss_that_is_no_number_can_still_be_saved(tmp_path, monkeypatch):
+    """An overflow in the loss must cost one step and not the run."""
+    import sparsity_forcing.rl.trainer as module
+
+    real, calls = module.grpo_loss, []
+
+    def overflowing_once(inputs, config):
+        loss, metrics = real(inputs, config)
+        calls.append(None)
+        return (loss * math.inf, metrics | {"kl": torch.tensor(math.inf)}) if len(calls) == 2 else (loss, metrics)
+
+    monkeypatch.setattr(module, "grpo_loss", overflowing_once)
+    history = trainer_of(tmp_path).train()
+    assert [row["skipped_steps"] for row in history] == [0, 1, 1, 1]
+    assert "kl" not in history[1]
+    saved = json.loads((Checkpoints(tmp_path, "abc").latest()[1] / "trainer.json").read_text())
+    assert saved["history"] == history
+
+
+def test_questions_without_images_train_too(tmp_path):
+    text = [Row(f"t{i}", "train", "say", "how many digits are red?", "4", []) for i in range(4)]
+    history = trainer_of(tmp_path, train=text, steps=2).train()
+    assert "visual_token_ratio" not in history[0]
+    assert history[0]["token_ratio"] == 1
+
+
+def test_an_empty_answer_earns_nothing(tmp_path):
+    """End to end, with a score function that any answer satisfies."""
+    trainer = trainer_of(tmp_path, steps=1, reward={"correct": "scenes:always_right"})
+    eos = trainer.model.generation_config.eos_token_id
+    trainer.model.lm_head.register_forward_hook(
+        lambda module, args, output: output.index_fill(-1, torch.tensor([eos]), 100.0)
+    )
+    (row,) = trainer.train()
+    assert (row["mean_length"], row["accuracy"], row["reward"], row["anyone_right"]) == (1, 0, 0, 0)
+    assert (row["reward_efficiency"], row["zero_std_groups"]) == (0, 1)
+    assert trainer.score("something", "anything") == 1
+
+
+def test_a_corrupted_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
+    straight = trainer_of(tmp_path / "straight", checkpoint_every=1)
+    straight.train()
+    with pytest.raises(ConnectionAbortedError):
+        trainer_of(tmp_path / "resumed", StopAfter(4), checkpoint_every=1).train()
+    newest = Checkpoints(tmp_path / "resumed", "abc").latest()[1]
+    weights = next(newest.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    resumed = trainer_of(tmp_path / "resumed", checkpoint_every=1)
+    resumed.train()
+    assert f"{newest} is corrupted" in caplog.text
+    assert "at step 2 of 4" in caplog.text
+    assert_bit_equal(state(resumed), state(straight))
+
+
+def test_another_configuration_starts_over(tmp_path, caplog):
+    trainer_of(tmp_path, steps=2).train()
+    other = trainer_of(tmp_path, identity="def", steps=2)
+    assert len(other.train()) == 2
+    assert "resumed" not in caplog.text
+
+
+def test_asked_to_stop_it_ends_its_step_saves_and_exits(tmp_path):
+    def ask(metrics: dict, table) -> None:
+        if metrics["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        trainer_of(tmp_path, ask).train()
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert Checkpoints(tmp_path, "abc").latest()[0] == 1
+    straight, resumed = trainer_of(tmp_path / "straight"), trainer_of(tmp_path)
+    straight.train()
+    resumed.train()
+    assert_bit_equal(state(resumed), state(straight))
+
+
+def test_too_few_rows_are_refused(tmp_path):
+    with pytest.raises(TrainingError, match=r"1 training rows are fewer than train.prompts_per_step \(2\)"):
+        trainer_of(tmp_path, train=rows("train", 1))
+
+
+def test_the_batch_arithmetic_is_printed(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        trainer_of(tmp_path, steps=1).train()
+    assert (
+        "1 steps x 2 prompts x 4 generations = 8 rollouts (8 a step, 8 a process); 0.33 epochs of 6 rows" in caplog.text
+    )

@@ -1,0 +1,143 @@
+"""Checkpoints: whole or passed over, never another configuration's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sparsity_forcing.checkpoints import Checkpoints, fingerprint
+
+
+def save(checkpoints: Checkpoints, step: int, text: str = "") -> Path:
+    def write(directory: Path) -> None:
+        (directory / "weights").mkdir()
+        (directory / "weights" / "model.bin").write_text(text or f"weights of step {step}")
+        (directory / "state.json").write_text(str(step))
+
+    return checkpoints.save(step, write)
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", "abc")
+
+
+def test_nothing_is_found_where_nothing_was_saved(checkpoints):
+    assert checkpoints.latest() is None
+
+
+def test_the_newest_is_found_and_the_oldest_go(checkpoints):
+    for step in (5, 10, 100):
+        save(checkpoints, step)
+    step, path = checkpoints.latest()
+    assert step == 100
+    assert (path / "weights" / "model.bin").read_text() == "weights of step 100"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["step-000010", "step-000100"]
+
+
+def test_a_step_saved_again_replaces_the_first(checkpoints):
+    save(checkpoints, 5, "first")
+    save(checkpoints, 5, "second")
+    assert (checkpoints.latest()[1] / "weights" / "model.bin").read_text() == "second"
+
+
+def truncate(path: Path) -> None:
+    (path / "weights" / "model.bin").write_text("")
+
+
+def flip_one_bit(path: Path) -> None:
+    file = path / "weights" / "model.bin"
+    content = bytearray(file.read_bytes())
+    content[3] ^= 1
+    file.write_bytes(content)
+
+
+def lose_a_file(path: Path) -> None:
+    (path / "state.json").unlink()
+
+
+def lose_the_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", "{}", '{"sha256": 3}', '{"sha256": null}', "\x00"])
+def test_a_damaged_manifest_is_passed_over(checkpoints, caplog, content):
+    save(checkpoints, 5)
+    (save(checkpoints, 10) / "manifest.json").write_text(content)
+    assert checkpoints.latest()[0] == 5
+    assert "step-000010 is corrupted (manifest.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (truncate, "weights/model.bin has another checksum"),
+        (flip_one_bit, "weights/model.bin has another checksum"),
+        (lose_a_file, "state.json is missing"),
+        (lose_the_manifest, "manifest.json"),
+    ],
+)
+def test_a_corrupted_one_is_named_and_the_one_before_is_used(checkpoints, caplog, damage, reason):
+    save(checkpoints, 5)
+    damage(save(checkpoints, 10))
+    assert checkpoints.latest()[0] == 5
+    assert "step-000010 is corrupted" in caplog.text
+    assert reason in caplog.text
+    assert "falling back to the one before" in caplog.text
+
+
+def test_when_all_are_corrupted_there_is_none(checkpoints):
+    truncate(save(checkpoints, 5))
+    assert checkpoints.latest() is None
+
+
+def test_an_error_while_saving_leaves_the_earlier_ones(checkpoints):
+    save(checkpoints, 5)
+
+    def full_disk(directory: Path) -> None:
+        (directory / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(10, full_disk)
+    assert checkpoints.latest()[0] == 5
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["step-000005"]
+
+
+def test_what_a_killed_save_left_is_not_a_checkpoint(checkpoints):
+    save(checkpoints, 5)
+    (checkpoints.directory / ".step-000010.new.tmp").mkdir()
+    assert checkpoints.latest()[0] == 5
+
+
+def test_another_configuration_does_not_see_them_but_clears_them(tmp_path, checkpoints):
+    save(checkpoints, 5)
+    other = Checkpoints(tmp_path / "checkpoints", "def")
+    assert other.latest() is None
+    other.clear()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_fewer_than_two_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep must be at least 2, got 1"):
+        Checkpoints(tmp_path, "abc", keep=1)
+
+
+def test_a_fingerprint_names_values_and_contents(tmp_path):
+    file = tmp_path / "data"
+    file.write_text("one")
+    first = fingerprint({"a": 1, "b": [2]}, (file,))
+    assert len(first) == 16
+    assert int(first, 16) >= 0
+    assert fingerprint({"b": [2], "a": 1}, (file,)) == first
+    assert fingerprint({"a": 1, "b": [3]}, (file,)) != first
+    file.write_text("two")
+    assert fingerprint({"a": 1, "b": [2]}, (file,)) != first
+
+
+def test_the_manifest_lists_every_file(checkpoints):
+    manifest = json.loads((save(checkpoints, 5) / "manifest.json").read_text())
+    assert manifest["step"] == 5
+    assert sorted(manifest["sha256"]) == ["state.json", "weights/model.bin"]
