@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline test lint format smoke ui clean
+.PHONY: help pipeline test lint format smoke ui readme clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -44,6 +44,9 @@ smoke: $(INSTALLED)  ## Run every stage at the smallest scale, in a scratch copy
 
 ui: $(INSTALLED)  ## Open the runs of this workspace in the MLflow UI (another port: make ui PORT=5001)
 	@python -m flows.ui --port $(PORT)
+
+readme: $(INSTALLED)  ## Write the results of the last run into README.md
+	@python -m sparsity_forcing.reporting.readme
 
 clean:  ## Remove caches and scratch workspaces (data, models, runs and .venv stay)
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,51 @@
+"""The README's results come from the metrics."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsity_forcing.evaluation.table import BenchmarkRow, BenchmarkTable
+from sparsity_forcing.reporting.readme import BEGIN, END, ReadmeError, results, with_results
+
+
+def row(checkpoint: str, method: str, p: float, accuracy: float, ratio: float) -> BenchmarkRow:
+    return BenchmarkRow(
+        method=method,
+        checkpoint=checkpoint,
+        p=p,
+        benchmark="average",
+        n=200,
+        accuracy=accuracy,
+        accuracy_low=accuracy - 0.02,
+        accuracy_high=accuracy + 0.02,
+        token_ratio=ratio,
+        visual_token_ratio=ratio,
+    )
+
+
+TABLE = BenchmarkTable(rows=(row("base", "Full", 1.0, 0.93, 1.0), row("policy", "top-p", 0.975, 0.92, 0.31)))
+REPORT = {
+    "headline": {
+        "p": 0.975,
+        "visual_token_ratio": 0.31,
+        "visual_token_ratio_before": 0.96,
+        "accuracy": 0.92,
+        "dense_accuracy": 0.93,
+        "questions": 200,
+    }
+}
+TRAIN = {"steps": 10, "rollouts": 640, "seconds": 65.0, "replay_max_difference": 1e-6}
+
+
+def test_every_row_is_a_line_with_its_numbers():
+    block = results(TABLE, REPORT, TRAIN)
+    assert "| base | dense | – | 93.0% (91.0–95.0) | 100.0% | 100.0% |" in block
+    assert "| policy | top-p | 0.975 | 92.0% (90.0–94.0) | 31.0% | 31.0% |" in block
+    assert "10 steps of 64 rollouts in 1 min 5 s" in block
+
+
+def test_only_what_is_between_the_markers_changes():
+    readme = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    assert with_results(readme, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    with pytest.raises(ReadmeError, match="README.md needs the lines"):
+        with_results("no markers", "new")
