@@ -23,10 +23,10 @@ def results(table: BenchmarkTable, report: dict, train: dict) -> str:
     headline, rows = report["headline"], table.averages()
     benchmarks = sorted({row.benchmark for row in table.rows} - {AVERAGE})
     lines = [
-        f"At p = {headline['p']:g} the trained model keeps {fmt.percent(headline['visual_token_ratio'])} of the visual "
-        f"tokens (before: {fmt.percent(headline['visual_token_ratio_before'])}) and answers "
-        f"{fmt.percent(headline['accuracy'])} of {fmt.amount(headline['questions'])} held-out questions; the dense base "
-        f"answers {fmt.percent(headline['dense_accuracy'])}.",
+        f"At p = {headline['p']:g} the trained model keeps {fmt.percent(headline['visual_token_ratio'])} of the "
+        f"visual tokens (before: {fmt.percent(headline['visual_token_ratio_before'])}) and answers "
+        f"{fmt.percent(headline['accuracy'])} of {fmt.amount(headline['questions'])} held-out questions; the dense "
+        f"base answers {fmt.percent(headline['dense_accuracy'])}.",
         "",
         HEADER,
         "|---|---|---|---|---|---|",
@@ -41,7 +41,8 @@ def results(table: BenchmarkTable, report: dict, train: dict) -> str:
     lines += [
         "",
         f"Questions pooled over {', '.join(f'`{name}`' for name in benchmarks)}; one training seed, "
-        f"{train['steps']} steps of {train['rollouts'] // train['steps']} rollouts in {fmt.duration(train['seconds'])}. "
+        f"{train['steps']} steps of {train['rollouts'] // train['steps']} rollouts in "
+        f"{fmt.duration(train['seconds'])}. "
         f"Largest difference between rollout and replay log-probabilities: {train['replay_max_difference']:.1e}.",
     ]
     return "\n".join(lines)
