@@ -40,6 +40,7 @@ class Checkpoints:
         if keep < 2:
             raise ValueError(f"keep must be at least 2, got {keep}: the newest may turn out corrupted")
         self.directory, self.keep = Path(directory) / fingerprint, keep
+        self.best = self.directory / "best"  # weights that a stage chose, beside the state it resumes from
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Lets ``write`` fill a temporary directory, seals it with a manifest and renames it; drops the oldest."""

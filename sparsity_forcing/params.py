@@ -217,7 +217,11 @@ class SelectionPolicyParams(_Section):
 
 
 class TrainParams(_Section):
-    """The GRPO stage; names follow TRL where it has one."""
+    """The GRPO stage; names follow TRL where it has one.
+
+    ``accuracy_guard``: the policy handed back is that of the validated step which keeps the fewest tokens among those
+    whose accuracy at the deployment budget is at most this much below the start's.
+    """
 
     steps: Positive = 350
     prompts_per_step: Positive = 8
@@ -241,8 +245,9 @@ class TrainParams(_Section):
     freeze_vision: bool = True
     checkpoint_every: Positive = 50
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    validate_every: Positive = 50
-    validation_rows: Positive = 96
+    validate_every: Positive = 25
+    validation_rows: Positive = 384
+    accuracy_guard: Share = 0.01
     log_samples_every: Positive = 50
 
     @model_validator(mode="after")

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 from transformers import get_scheduler
 
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import Checkpoints
 from sparsity_forcing.data.schema import Row
-from sparsity_forcing.files import write_json_atomic
+from sparsity_forcing.files import replace_directory, write_json_atomic
 from sparsity_forcing.models.families import require_supported, vision_tower, visual_token_ids
 from sparsity_forcing.models.prompts import encode_prompts
 from sparsity_forcing.params import SparsityParams, TrainParams
@@ -100,6 +101,7 @@ class Trainer:
         self.history: list[dict] = []
         self.step = 0
         self.skipped_steps = 0
+        self.best: dict | None = None
         self._stop_signal: int | None = None
 
     def train(self) -> list[dict]:
@@ -115,6 +117,7 @@ class Trainer:
                 self._run_steps()
         finally:
             self._listen(False)
+        self._take_best()
         return self.history
 
     def _run_steps(self) -> None:
@@ -163,7 +166,7 @@ class Trainer:
         if self.step == 1:
             metrics |= self._start
         if self.step % config.validate_every == 0 or self.step == config.steps:
-            metrics |= {f"validation_{name}": value for name, value in self.validate().items()}
+            metrics |= {f"validation_{name}": value for name, value in self._validate_and_keep_best().items()}
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self.history.append(metrics)
         logs_samples = self.step % config.log_samples_every == 0 or self.step == config.steps
@@ -253,6 +256,30 @@ class Trainer:
         self.schedule.step()
         return float(loss.detach()), metrics, grad_norm
 
+    def _validate_and_keep_best(self) -> dict[str, float]:
+        """Validates; stores the weights if no validated step within the accuracy guard keeps fewer tokens."""
+        found = self.validate()
+        start = self.history[0] if self.history else self._start
+        within = found["accuracy"] >= start["start_accuracy"] - self.config.accuracy_guard
+        if within and (self.best is None or found["token_ratio"] < self.best["token_ratio"]):
+            self.best = {"step": self.step, **found}
+            if self.accelerator.is_main_process:
+                with replace_directory(self.checkpoints.best) as directory:
+                    save_model(self.model, str(directory / "model.safetensors"))
+        return found
+
+    def _take_best(self) -> None:
+        """Puts the weights of the best validated step into the model."""
+        if self.best is None:
+            _log.warning(
+                "no validated step kept its accuracy within train.accuracy_guard (%g) of the start's; "
+                "the policy is that of the last step",
+                self.config.accuracy_guard,
+            )
+            return
+        self.accelerator.wait_for_everyone()
+        load_model(self.model, str(self.checkpoints.best / "model.safetensors"), device=str(self.model.device))
+
     @torch.no_grad()
     def validate(self, batch_size: int = 48) -> dict[str, float]:
         """Accuracy and token ratios of greedy answers at the deployment budget."""
@@ -301,7 +328,7 @@ class Trainer:
     def _save(self) -> None:
         def write(directory: Path) -> None:
             self.accelerator.save_state(str(directory), safe_serialization=True)
-            state = {"step": self.step, "skipped_steps": self.skipped_steps, "history": self.history}
+            state = {"step": self.step, "skipped_steps": self.skipped_steps, "best": self.best, "history": self.history}
             write_json_atomic(directory / "trainer.json", state)
 
         self.checkpoints.save(self.step, write)
@@ -313,6 +340,7 @@ class Trainer:
         self.accelerator.load_state(str(found[1]))
         state = json.loads((found[1] / "trainer.json").read_text())
         self.step, self.skipped_steps, self.history = state["step"], state["skipped_steps"], state["history"]
+        self.best = state["best"]
         _log.warning("resumed from %s at step %d of %d", found[1], self.step, self.config.steps)
 
     def _listen(self, on: bool = True) -> None:

@@ -74,7 +74,7 @@ def run(params: Params, root: Path) -> dict:
                 reporter,
             )
             history = trainer.train()
-        metrics = _summary(history, time.perf_counter() - started, params)
+        metrics = _summary(history, trainer.best, time.perf_counter() - started, params)
         if trainer.accelerator.is_main_process:
             with replace_directory(root / POLICY) as directory:
                 model.save_pretrained(directory)
@@ -133,10 +133,11 @@ def _curves(history: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(history)
 
 
-def _summary(history: list[dict], seconds: float, params: Params) -> dict:
+def _summary(history: list[dict], best: dict | None, seconds: float, params: Params) -> dict:
     """metrics/train.json. ``seconds`` counts this process; the steps' own times survive a resume."""
     validated = [row for row in history if "validation_accuracy" in row]
     first, last = history[0], validated[-1]
+    chosen = best or {"step": len(history), **{name: last[f"validation_{name}"] for name in VALIDATED}}
     return {
         "steps": len(history),
         "rollouts": int(sum(row["rollouts"] for row in history)),
@@ -146,7 +147,8 @@ def _summary(history: list[dict], seconds: float, params: Params) -> dict:
         "step_seconds": round(sum(row["seconds"] for row in history), 1),
         "new_tokens_per_second": sum(r["new_tokens"] for r in history) / sum(r["seconds_rollout"] for r in history),
         "start": {name: first[f"start_{name}"] for name in VALIDATED},
-        "end": {name: last[f"validation_{name}"] for name in VALIDATED},
+        "end": {name: chosen[name] for name in VALIDATED},
+        "policy_step": chosen["step"],
         "replay_max_difference": max(row.get("replay_max_difference", 0.0) for row in history),
         "skipped_steps": int(history[-1]["skipped_steps"]),
         "seed": params.seed,
