@@ -7,6 +7,7 @@ nothing, and a run that was killed goes on where it stopped.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -61,6 +62,9 @@ def main(
     chosen = stages or list(STAGES)
     if unknown := sorted(set(chosen) - set(STAGES)):
         raise typer.BadParameter(f"unknown stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    # Prefect passes SIGTERM on to the handler that was there before its own. Leaving through sys.exit, not through the
+    # default, lets its temporary server be stopped.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         params = check_workspace(root)
         if is_up_to_date(root):
