@@ -47,5 +47,5 @@ def test_every_row_is_a_line_with_its_numbers():
 def test_only_what_is_between_the_markers_changes():
     readme = f"before\n{BEGIN}\nold\n{END}\nafter\n"
     assert with_results(readme, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
-    with pytest.raises(ReadmeError, match="README.md needs the lines"):
+    with pytest.raises(ReadmeError, match=r"README\.md needs the lines"):
         with_results("no markers", "new")

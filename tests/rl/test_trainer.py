@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_prompts import sharp_model
 
+from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import Checkpoints
 from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import Row
@@ -285,3 +286,39 @@ def test_the_batch_arithmetic_is_printed(tmp_path, caplog):
     assert (
         "1 steps x 2 prompts x 4 generations = 8 rollouts (8 a step, 8 a process); 0.33 epochs of 6 rows" in caplog.text
     )
+
+
+def test_the_policy_is_the_sparsest_validated_step_within_the_guard(tmp_path):
+    trainer = trainer_of(tmp_path / "whole", validate_every=1, accuracy_guard=1.0)
+    history = trainer.train()
+    ratios = [row["validation_token_ratio"] for row in history]
+    assert len(set(ratios)) > 1, "every step kept the same share: nothing to choose between"
+    best = 1 + ratios.index(min(ratios))
+    assert trainer.best["step"] == best
+    assert trainer.best["token_ratio"] == min(ratios)
+
+    shorter = trainer_of(tmp_path / "part", validate_every=1, accuracy_guard=1.0)
+    while shorter.step < best:  # the same run, stopped at the chosen step
+        with_attention(shorter)
+    for name, value in shorter.model.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
+def with_attention(trainer: Trainer) -> None:
+    with decoder_attention(trainer.model), decoder_attention(trainer.reference):
+        if trainer.step == 0:
+            trainer._start = {f"start_{name}": value for name, value in trainer.validate().items()}
+        trainer._one_step()
+
+
+def test_no_step_within_the_guard_is_said_and_the_last_step_is_kept(tmp_path, caplog, monkeypatch):
+    trainer = trainer_of(tmp_path, accuracy_guard=0.0)
+    monkeypatch.setattr(trainer, "validate", falling_accuracy())
+    trainer.train()
+    assert trainer.best is None
+    assert "no validated step kept its accuracy within train.accuracy_guard (0)" in caplog.text
+
+
+def falling_accuracy():
+    accuracy = iter([0.9, 0.8, 0.7])
+    return lambda: {"accuracy": next(accuracy), "token_ratio": 0.5, "visual_token_ratio": 0.5}
