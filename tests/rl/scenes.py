@@ -61,6 +61,11 @@ def always_right(prediction: str, answer: str) -> float:
     return 1.0
 
 
+def wants_seven(prediction: str, answer: str) -> float:
+    """A score that depends on whose answer it is shown."""
+    return float(answer == "7")
+
+
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
     """Every gradient within ``tolerance`` of the other's norm; transformers' norm layers are float32 inside."""
     assert found.keys() == expected.keys()

@@ -6,17 +6,20 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_prompts import sharp_model
 
+import sparsity_forcing.rl.trainer as trainer_module
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import Checkpoints
 from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.params import DigitsParams, SparsityParams, TrainParams
+from sparsity_forcing.rl.rewards import group_advantages, joint_rewards
 from sparsity_forcing.rl.trainer import Trainer, TrainingError
 
 SPARSITY = SparsityParams(p=0.8)
@@ -171,6 +174,49 @@ def test_samples_hold_what_was_asked_answered_kept_and_earned(tmp_path):
         assert 0 < record["visual_token_ratio"] <= 1
 
 
+def test_every_rollout_is_scored_by_the_answer_to_its_own_question(tmp_path):
+    recorder = Recorder()
+    train = [replace(row, answer=answer) for row, answer in zip(rows("train", 2), "73", strict=True)]
+    trainer = trainer_of(tmp_path, recorder, train=train, steps=1, reward={"correct": "scenes:wants_seven"})
+    seven = torch.tensor(trainer.processor.tokenizer.convert_tokens_to_ids(["7"]))
+    trainer.model.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, seven, 100.0))
+    trainer.train()
+    (table,) = recorder.tables
+    assert {record["completion"] for record in table} == {"7777"}
+    assert [record["reward_correct"] for record in table] == [float(record["answer"] == "7") for record in table]
+    assert [record["reward_efficiency"] > 0 for record in table] == [record["answer"] == "7" for record in table]
+
+
+@pytest.mark.parametrize("credit", ["layer", "joint"])
+def test_selection_is_judged_by_the_ratio_it_is_said_to_be(tmp_path, monkeypatch, credit):
+    seen = {}
+    for name in ("roll_out", "grpo_loss"):
+        _watch(monkeypatch, seen, name)
+    config = {"steps": 1, "reward": {"correct": "scenes:always_right"}, "selection_policy": {"credit": credit}}
+    trainer_of(tmp_path, **config).train()
+    rollouts, inputs = seen["roll_out"][1], seen["grpo_loss"][0][0]  # roll_out: start validation, then the step
+    correct, budgets = torch.ones(2, 4), torch.tensor([[0.6, 0.9, 0.6, 0.9]] * 2)
+
+    def expected(ratio: torch.Tensor) -> torch.Tensor:
+        return group_advantages(joint_rewards(correct, ratio.view(2, 4)).total, "group", budgets).flatten()
+
+    torch.testing.assert_close(inputs.advantages, expected(rollouts.token_ratio))
+    judged_by = rollouts.layer_ratio if credit == "layer" else rollouts.token_ratio.expand(2, -1)
+    torch.testing.assert_close(inputs.selection_advantages, torch.stack([expected(ratio) for ratio in judged_by]))
+
+
+def _watch(monkeypatch, seen: dict, name: str) -> None:
+    """Keeps the results of ``roll_out`` and the arguments of ``grpo_loss``."""
+    real = getattr(trainer_module, name)
+
+    def watched(*args, **kwargs):
+        result = real(*args, **kwargs)
+        seen.setdefault(name, []).append(result if name == "roll_out" else args)
+        return result
+
+    monkeypatch.setattr(trainer_module, name, watched)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_gradient_that_is_no_number_is_skipped_and_counted(tmp_path, caplog, poison):
     trainer = trainer_of(tmp_path)
@@ -199,16 +245,14 @@ def test_a_skipped_step_changes_no_weight(tmp_path):
 
 def test_a_loss_that_is_no_number_can_still_be_saved(tmp_path, monkeypatch):
     """An overflow in the loss must cost one step and not the run."""
-    import sparsity_forcing.rl.trainer as module
-
-    real, calls = module.grpo_loss, []
+    real, calls = trainer_module.grpo_loss, []
 
     def overflowing_once(inputs, config):
         loss, metrics = real(inputs, config)
         calls.append(None)
         return (loss * math.inf, metrics | {"kl": torch.tensor(math.inf)}) if len(calls) == 2 else (loss, metrics)
 
-    monkeypatch.setattr(module, "grpo_loss", overflowing_once)
+    monkeypatch.setattr(trainer_module, "grpo_loss", overflowing_once)
     history = trainer_of(tmp_path).train()
     assert [row["skipped_steps"] for row in history] == [0, 1, 1, 1]
     assert "kl" not in history[1]
