@@ -33,7 +33,13 @@ STEPS = 24
 def prepared(workspace) -> Path:
     """A workspace with what stage `train` reads: rows, a small base and parameters."""
     params = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
-    params["train"] |= {"steps": STEPS, "checkpoint_every": 2, "validate_every": STEPS, "validation_rows": 4}
+    params["train"] |= {
+        "steps": STEPS,
+        "checkpoint_every": 2,
+        "validate_every": 4,
+        "validation_rows": 4,
+        "accuracy_guard": 1.0,
+    }
     (workspace / "params.yaml").write_text(yaml.safe_dump(params))
     for split, count in (("train", 20), ("validation", 4)):
         rows = [digits_row(DigitsParams(grids=(4,)), 0, split, place) for place in range(count)]
@@ -98,7 +104,7 @@ def test_killed_and_stopped_and_started_again_it_ends_with_the_same_policy(prepa
     assert any(not torch.equal(base[name], value) for name, value in expected.items())
 
     found, wanted = (json.loads((w / "metrics/train.json").read_text()) for w in (prepared, straight))
-    for name in ("steps", "rollouts", "new_tokens", "start", "end", "replay_max_difference", "skipped_steps"):
+    for name in ("rollouts", "new_tokens", "start", "end", "policy_step", "replay_max_difference", "skipped_steps"):
         assert found[name] == wanted[name]
     assert (found["steps"], found["rollouts"]) == (STEPS, STEPS * 8)
     assert pd.read_csv(prepared / "plots/train.csv")["step"].tolist() == list(range(1, STEPS + 1))
