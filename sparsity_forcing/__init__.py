@@ -1,11 +1,11 @@
 """Sparsity Forcing: makes the attention of vision-language models sparser by reinforcement learning.
 
-    from sparsity_forcing import load, sparse_attention
+from sparsity_forcing import load, sparse_attention
 
-    model, processor = load("Qwen/Qwen2.5-VL-7B-Instruct")
-    with sparse_attention(model, p=0.975) as stats:
-        output = model.generate(**inputs, max_new_tokens=64)
-    stats.token_ratio
+model, processor = load("Qwen/Qwen2.5-VL-7B-Instruct")
+with sparse_attention(model, p=0.975) as stats:
+    output = model.generate(**inputs, max_new_tokens=64)
+stats.token_ratio
 """
 
 from __future__ import annotations

@@ -137,9 +137,7 @@ class ScratchModel(_Section):
     @model_validator(mode="after")
     def _divisible(self) -> Self:
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 16:
-            raise ValueError(
-                f"hidden_size / heads must be a multiple of 16, got {self.hidden_size} / {self.heads}"
-            )
+            raise ValueError(f"hidden_size / heads must be a multiple of 16, got {self.hidden_size} / {self.heads}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
         return self

@@ -129,8 +129,9 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(done, fill, params, t
 def test_a_broken_image_fails_with_its_error_and_writes_nothing(fill, params, rows, tmp_path):
     broken = [replace(rows[0], images=[rows[0].images[0][:40]]), *rows[1:]]
     root = fill(tmp_path, broken)
-    with pytest.raises(WorkerError, match=r"(?s)evaluation-\d failed:.*(UnidentifiedImageError|OSError)"):
-        evaluate.run(params, root)
+    one_at_a_time = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"workers": 1})})
+    with pytest.raises(WorkerError, match=r"(?s)evaluation-0 failed:.*(UnidentifiedImageError|OSError)"):
+        evaluate.run(one_at_a_time, root)
     assert not any((root / output).exists() for output in OUTPUTS)
 
 
