@@ -34,7 +34,9 @@ def test_the_row_and_the_parameters_of_the_data_example_are_valid():
     from sparsity_forcing.data.candidates import parse_json_object
 
     row = parse_json_object(re.search(r"# (\{\"prompt\".*\})", README)[1])
-    assert row["prompt"] and row["completion"] and row["images"]
+    assert row["prompt"]
+    assert row["completion"]
+    assert row["images"]
     shown = yaml.safe_load(re.search(r"# params\.yaml:\s+(data:.*)", README)[1])
     params = load_params(ROOT / "params.yaml").model_dump(mode="json")
     assert parse_params(params | shown).data.user.path == Path("user_data/my_rows.jsonl")
