@@ -1,7 +1,7 @@
 """Outputs that are whole or absent: everything is written under a temporary name beside its place, then renamed.
 
 A process killed at any moment leaves the old output or the new one, never half of one. The temporary names start with
-a dot and hold ``.tmp`` (git and DVC ignore them); what a killed run left of a directory is removed by the next one.
+a dot and hold ``.tmp`` (git and DVC ignore them); what a killed run left is removed by the next one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,11 +37,12 @@ def write_json_atomic(path: str | Path, value: object) -> None:
 def replace_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path with the same suffix; on success what was written there becomes ``path``.
 
-    On any error the temporary file is removed and the old ``path`` stays as it was.
+    On any error the temporary file is removed and the old ``path`` stays as it was. One writer per path at a time.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.new.tmp{path.suffix}")  # a killed run's is taken over by the next
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         _flush_to_disk(temporary)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
+from killed import kill_stage
 
 from sparsity_forcing.data.prepare import DataError
 from sparsity_forcing.data.schema import SPLITS, read_rows
@@ -78,3 +80,18 @@ def test_too_much_quarantine_fails_but_is_written(workspace):
     }
     metrics = prepare.run(chats(workspace, lines, max_quarantine_fraction=0.2), workspace)
     assert metrics["rows_in"] == 10
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_ends_the_same(workspace, tmp_path_factory):
+    values = {"data": {"digits": {"grids": [12], "train_rows": 3000}}, "model": MODEL}
+    kill_stage("prepare", workspace, values, lambda _: any((workspace / "data").glob(".prepared.new.tmp/*")))
+    assert not (workspace / "data/prepared").exists()
+    assert not (workspace / "metrics").exists()
+    prepare.run(parse_params(values), workspace)
+
+    straight = tmp_path_factory.mktemp("straight")
+    shutil.copy(workspace / "mlflow.db", straight / "mlflow.db")
+    prepare.run(parse_params(values), straight)
+    assert outputs(workspace) == outputs(straight)
+    assert sorted(path.name for path in (workspace / "data").iterdir()) == ["prepared", "quarantine.parquet"]

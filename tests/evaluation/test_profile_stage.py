@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from killed import kill_stage
 
 from sparsity_forcing import sparse_attention
 from sparsity_forcing.data.digits import SPLITS
@@ -144,3 +145,17 @@ def test_the_deployed_scoring_rows_are_measured_once():
 def test_missing_inputs_are_named(tmp_path):
     with pytest.raises(InputError, match=r"validation\.parquet \(made by stage prepare\)"):
         profile.run(parse_params(PARAMS), tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_ends_the_same(done, tiny, rows, migrated_store, tmp_path):
+    shutil.copytree(tiny.directory, tmp_path / "models/base")
+    write_rows(rows, tmp_path / "data/prepared/validation.parquet")
+    shutil.copy(migrated_store, tmp_path / "mlflow.db")
+    kill_stage("profile", tmp_path, PARAMS, lambda log: "profile " in log)
+    assert not (tmp_path / "plots").exists()
+    assert not (tmp_path / "metrics").exists()
+
+    assert profile.run(parse_params(PARAMS), tmp_path) == done[1]
+    tables = [f"plots/profile/{name}.csv" for name in profile.SUMMARIZED_BY]
+    assert all((tmp_path / table).read_bytes() == (done[0] / table).read_bytes() for table in tables)
