@@ -14,7 +14,7 @@ import yaml
 
 
 def kill_stage(stage: str, root: Path, params: dict, under_way: Callable[[str], bool], seconds: float = 300.0) -> None:
-    """Runs ``python -m sparsity_forcing STAGE`` and sends SIGKILL once ``under_way(its stderr so far)`` holds.
+    """Runs ``python -m sparsity_forcing STAGE`` and sends SIGKILL once ``under_way(its output so far)`` holds.
 
     Fails if the stage ends before that.
     """
@@ -23,7 +23,7 @@ def kill_stage(stage: str, root: Path, params: dict, under_way: Callable[[str], 
     command = [sys.executable, "-m", "sparsity_forcing", stage, "--root", str(root)]
     with (
         log.open("w") as errors,
-        subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=errors) as process,
+        subprocess.Popen(command, start_new_session=True, stdout=errors, stderr=errors) as process,
     ):
         try:
             deadline = time.monotonic() + seconds

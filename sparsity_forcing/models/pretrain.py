@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -94,8 +95,10 @@ def pretrain(
     seed: int,
     checkpoints: Checkpoints | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
-) -> None:
+) -> float:
     """Trains ``model`` in place, from the newest of ``checkpoints`` on; leaves it in eval mode.
+
+    Returns the seconds that its steps took, those of the runs it goes on from included.
 
     The result depends on the model, ``params`` and ``seed`` alone: a run that was stopped and goes on from a checkpoint
     ends with the weights of a run that was not.
@@ -105,7 +108,8 @@ def pretrain(
     """
     total = sum(phase.steps for phase in params.curriculum)
     optimizer = torch.optim.AdamW(model.parameters(), lr=params.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    done = _resume(model, optimizer, checkpoints)
+    done, earlier = _resume(model, optimizer, checkpoints)
+    started = time.perf_counter() - earlier
     batches = DataLoader(
         CurriculumBatches(processor, params.curriculum, seed, start_step=done),
         batch_size=None,
@@ -128,8 +132,9 @@ def pretrain(
         optimizer.zero_grad(set_to_none=True)
         on_step(Step(number, total, loss.item(), accuracy))
         if checkpoints is not None and (number % params.checkpoint_every == 0 or number == total):
-            checkpoints.save(number, partial(_write_state, model, optimizer))
+            checkpoints.save(number, partial(_write_state, model, optimizer, time.perf_counter() - started))
     model.eval()
+    return time.perf_counter() - started
 
 
 def answer_loss(model: PreTrainedModel, inputs: dict, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -166,17 +171,20 @@ def configuration_fingerprint(model: PreTrainedModel, processor: ProcessorMixin,
     return fingerprint({"params": decisive, "seed": seed, "tensors": digest.hexdigest()})
 
 
-def _resume(model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints | None) -> int:
-    """Steps that are done already; brings model and optimizer to where they were then."""
+def _resume(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints | None
+) -> tuple[int, float]:
+    """Steps that are done already and the seconds they took; brings model and optimizer to where they were then."""
     found = checkpoints.latest() if checkpoints is not None else None
     if found is None:
-        return 0
+        return 0, 0.0
     step, directory = found
     state = torch.load(directory / STATE_FILE, map_location=model.device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return step
+    return step, state["seconds"]
 
 
-def _write_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, directory / STATE_FILE)
+def _write_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, seconds: float, directory: Path) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "seconds": seconds}
+    torch.save(state, directory / STATE_FILE)

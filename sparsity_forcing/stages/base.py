@@ -56,7 +56,7 @@ def _train(params: Params, root: Path, run: Run) -> dict:
     key = configuration_fingerprint(model, processor, params.model, params.seed)
     checkpoints = Checkpoints(root / CHECKPOINTS, key)
     model.to(pick_device(params.model.device))
-    _pretrain_with_progress(model, processor, params, checkpoints, run)
+    seconds = _pretrain_with_progress(model, processor, params, checkpoints, run)
 
     rows = validation_questions(params.model.curriculum[-1], params.model.validation_rows, params.seed)
     scores = validate(model, processor, rows)
@@ -77,12 +77,12 @@ def _train(params: Params, root: Path, run: Run) -> dict:
     with replace_directory(root / BASE) as directory:
         model.save_pretrained(directory)
         processor.save_pretrained(directory)
-        metrics = {**describe(directory), "validation": validation}
+        metrics = {**describe(directory), "seconds": round(seconds, 1), "validation": validation}
     checkpoints.clear()
     return metrics
 
 
-def _pretrain_with_progress(model, processor, params: Params, checkpoints: Checkpoints, run: Run) -> None:
+def _pretrain_with_progress(model, processor, params: Params, checkpoints: Checkpoints, run: Run) -> float:
     total = sum(phase.steps for phase in params.model.curriculum)
     found = checkpoints.latest()
     done = found[0] if found else 0
@@ -96,7 +96,7 @@ def _pretrain_with_progress(model, processor, params: Params, checkpoints: Check
             if step.number % LOG_EVERY == 0 or step.number == step.total:
                 run.metrics({"base/loss": step.loss, "base/answer_accuracy": step.accuracy}, step=step.number)
 
-        pretrain(model, processor, params.model, params.seed, checkpoints, on_step)
+        return pretrain(model, processor, params.model, params.seed, checkpoints, on_step)
 
 
 def _accuracy(scores: Sequence[float]) -> dict:

@@ -6,14 +6,10 @@ import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-import yaml
+from killed import kill_stage
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from sparsity_forcing.models.families import ModelError, UnsupportedModelError
@@ -127,22 +123,13 @@ def test_killed_and_started_again_it_ends_with_the_same_model(workspace):
     shutil.copy(workspace / "mlflow.db", straight)
     base.run(parse_params(params), straight)
 
-    (workspace / "params.yaml").write_text(yaml.safe_dump(params))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "sparsity_forcing", "base", "--root", str(workspace)]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(workspace.glob("checkpoints/base/*/step-000004")):
-            assert process.poll() is None, "the stage ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    kill_stage("base", workspace, params, lambda _: any(workspace.glob("checkpoints/base/*/step-000004")))
     assert not (workspace / "models/base").exists()
 
     base.run(parse_params(params), workspace)
     assert contents(workspace / "models/base") == contents(straight / "models/base")
-    assert contents(workspace / "metrics") == contents(straight / "metrics")
+    killed, whole = (json.loads((root / "metrics/base.json").read_text()) for root in (workspace, straight))
+    assert killed.pop("seconds") > 0
+    assert whole.pop("seconds") > 0
+    assert killed == whole
     assert torch.get_num_threads() == 1

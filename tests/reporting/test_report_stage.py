@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from killed import kill_stage
 from mlflow import MlflowClient
 
 from sparsity_forcing.evaluation.table import TableError
@@ -81,3 +82,18 @@ def test_a_failure_leaves_the_old_report(report_params, ready, monkeypatch):
         run(report_params, ready)
     assert [path.name for path in (ready / "reports").iterdir()] == ["index.html"]
     assert (ready / "reports/index.html").read_text() == "the report before"
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_leaves_the_old_report_and_ends_the_same(report_params, ready):
+    (ready / "reports").mkdir()
+    (ready / "reports/index.html").write_text("the report before")
+    values = report_params.model_dump(mode="json")
+    kill_stage("report", ready, values, lambda _: any(ready.glob(".reports.new.tmp/*")))
+    assert (ready / "reports/index.html").read_text() == "the report before"
+    assert not (ready / "metrics/report.json").exists()
+
+    metrics = run(report_params, ready)
+    assert json.loads((ready / "metrics/report.json").read_text()) == metrics
+    assert "sparsity" in (ready / "reports/index.html").read_text().lower()
+    assert not list(ready.glob(".*.tmp"))
