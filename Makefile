@@ -10,7 +10,7 @@ SMOKE := .cache/smoke
 
 # The project's own Prefect home and no telemetry; the first start of Prefect's server on a slow machine takes a minute.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export PREFECT_HOME ?= $(CURDIR)/.cache/prefect
+export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 180
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export DO_NOT_TRACK ?= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tomllib
@@ -69,3 +70,13 @@ def test_make_says_that_python_is_too_old(tmp_path):
     )
     assert done.returncode != 0
     assert "Python 3.11 or newer is needed" in done.stdout
+
+
+def test_prefect_finds_its_home_in_a_fresh_clone(tmp_path):
+    # Prefect makes its home folder, but not the folders above it.
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text() + "\nhome:\n\t@echo $(PREFECT_HOME)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_HOME"}
+    home = subprocess.run(
+        ["make", "--no-print-directory", "home"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    ).stdout
+    assert Path(home.strip()).parent == tmp_path
