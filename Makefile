@@ -20,11 +20,11 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline test lint format smoke ui readme clean
+.PHONY: help pipeline test lint format smoke ui bench-cpu bench-gpu readme clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 pipeline: $(INSTALLED)  ## Run every stage that is out of date, then print where the report is
 	@python -m flows.pipeline
@@ -44,6 +44,12 @@ smoke: $(INSTALLED)  ## Run every stage at the smallest scale, in a scratch copy
 
 ui: $(INSTALLED)  ## Open the runs of this workspace in the MLflow UI (another port: make ui PORT=5001)
 	@python -m flows.ui --port $(PORT)
+
+bench-cpu: $(INSTALLED)  ## Measure the operations and the decode loop on the CPU, into metrics/bench_cpu.json
+	@python -m sparsity_forcing.bench cpu
+
+bench-gpu: $(INSTALLED)  ## The same on a GPU, with random-weight 7B and 3B models, into metrics/bench_gpu.json
+	@python -m sparsity_forcing.bench gpu
 
 readme: $(INSTALLED)  ## Write the results of the last run into README.md
 	@python -m sparsity_forcing.reporting.readme

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsity_forcing.attention.api import sparse_attention
+    from sparsity_forcing.generation.api import sparse_generate
     from sparsity_forcing.models.load import load
 
-__all__ = ["load", "sparse_attention"]
+__all__ = ["load", "sparse_attention", "sparse_generate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from sparsity_forcing.attention.api import sparse_attention
 
         return sparse_attention
+    if name == "sparse_generate":
+        from sparsity_forcing.generation.api import sparse_generate
+
+        return sparse_generate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,10 @@
-"""Where a result comes from: the commit of the code, the md5s of the data and models, the versions of the packages."""
+"""Where a result comes from: the commit of the code, the md5s of the data and models, the versions of the packages,
+the machine."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -76,6 +78,25 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def hardware() -> str:
+    """The machine as a reader needs to know it: processor or GPU, and the threads in use."""
+    import torch  # here, so that the commands that only need a commit start quickly
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    threads = torch.get_num_threads()
+    return f"{_processor_name()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''} used"
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -24,6 +24,7 @@ Rule = Literal["top_p", "top_k", "threshold"]
 RankBy = Literal["normalized", "raw"]
 ScoringRows = Literal["text", "probe", "all"]
 PrefillKind = Literal["suffix", "sparse", "dense"]
+Impl = Literal["auto", "eager", "triton"]
 
 
 class ParamsError(ValueError):
@@ -48,6 +49,7 @@ class SparsityParams(_Section):
     probe_recent: Positive = 64
     probe_random: NonNegative = 64
     probe_seed: NonNegative = 0
+    impl: Impl = "auto"
 
 
 def _require_room(grids: tuple[int, ...], coloured: int, grey_share: float, clutter_share: float) -> None:

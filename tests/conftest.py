@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from sparsity_forcing.torchvision_ops import declare_missing_ops
 
+if not torch.cuda.is_available():  # before anything imports triton: its kernels run on the CPU then
+    os.environ["TRITON_INTERPRET"] = "1"
 declare_missing_ops()  # tests import transformers' classes directly, some of which need torchvision
 # The same examples on every run, and no time limit for a busy machine to miss.
 settings.register_profile("tests", max_examples=50, deadline=None, derandomize=True)
@@ -37,3 +41,11 @@ def workspace(tmp_path, migrated_store) -> Path:
     """An empty workspace whose MLflow store is ready: `Tracker(params, workspace)` writes into it."""
     shutil.copy(migrated_store, tmp_path / "mlflow.db")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(model, processor): two layers, float64, attention far from uniform."""
+    from tiny_prompts import sharp_model
+
+    return sharp_model()

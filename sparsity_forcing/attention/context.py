@@ -6,6 +6,8 @@ copied, and its budgets cast, by FSDP; a global would lose its meaning under gra
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from sparsity_kernels import attention_mass
 from torch import Tensor
@@ -15,6 +17,18 @@ from sparsity_forcing.params import SparsityParams
 from sparsity_forcing.selection import PromptLayout, scoring_rows, select
 
 _SMALLEST = 1e-30  # below this a mass has no logarithm worth learning from
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """Scoring rows of one layer: the ``count`` columns (from slot ``first`` on) in which a prompt has one, ``slots``
+    (batch, count) with -1 where a prompt has none, and ``seen_by`` (batch, prompt), how many rows see each token."""
+
+    first: int
+    count: int
+    columns: Tensor
+    slots: Tensor
+    seen_by: Tensor
 
 
 class SparseContext:
@@ -55,20 +69,37 @@ class SparseContext:
         self.perturbed: dict[int, Tensor] = {} if perturbed is None else perturbed
         self.selection_logps: dict[int, Tensor] = {}
         self._scores_density = replay is not None and perturbed is not None and sigma > 0
+        # What decides the shapes is read from a copy on the host, once, so that no layer waits for the device.
+        self._host_layout = layout.to("cpu")
+        self._scorings: dict[int, _Scoring] = {}
+        self._finite: list[Tensor] = []
+        self.padded = not bool(self._host_layout.valid.all())
+        until = self._host_layout.prefix.int().cumsum(-1).argmax(-1) + 1  # the last visual token's slot, and one
+        until = torch.where(self._host_layout.prefix.any(-1), until, 0)
+        if settings.prefill == "dense":
+            until = torch.full_like(until, layout.length)
+        self.dense_until = (int(until.min()), int(until.max()))
+        self.dense_rows = torch.arange(layout.length) < until[:, None]
+        self.dense_rows = self.dense_rows.to(layout.valid.device)
 
-    def choose(self, layer: int, query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Tensor:
+    def choose(self, layer: int, query: Tensor, key: Tensor, first: int, scale: float) -> Tensor:
         """The kept set of a layer, selected or replayed.
 
         Args:
-            query: (batch, heads, rows, dim) of the rows at prompt slots ``columns`` (rows,), and maybe rows after them.
+            query: (batch, heads, rows, dim) of the rows at prompt slots ``first``, ``first + 1``, … to the prompt's end
+                and maybe beyond it.
             key: (batch, kv_heads, length, dim) with the whole prompt at slots 0 … prompt - 1.
 
         Returns:
             (batch, prompt) bool.
+
+        Raises:
+            ValueError: a mass is not finite. On a GPU, where nobody waits for the mass, `check` raises it.
         """
         if self.replay is not None and not self._scores_density:
             return self.replay[layer]
-        mass, seen_by = self._mass(layer, query, key, columns, scale)
+        scoring = self._scoring(layer)
+        mass = self._mass(scoring, query, key, first, scale)
         log_mass = self._log_mass(mass) if self.sigma > 0 else None
         if self.replay is not None:
             self.selection_logps[layer] = self._log_density(log_mass, self.perturbed[layer])
@@ -78,10 +109,20 @@ class SparseContext:
             self.perturbed[layer] = log_mass + self.sigma * noise
             self.selection_logps[layer] = self._log_density(log_mass, self.perturbed[layer])
             mass = self.perturbed[layer].exp()
+        self._finite.append(torch.isfinite(mass.masked_fill(~self.droppable, 0)).all())
+        if not mass.is_cuda:
+            self.check()
         settings = self.settings
-        chosen = select(mass, seen_by, self.droppable, self.p, settings.rule, settings.rank_by)
+        rule, rank_by, impl = settings.rule, settings.rank_by, settings.impl
+        chosen = select(mass, scoring.seen_by, self.droppable, self.p, rule, rank_by, impl)
         self.kept[layer] = chosen | (self.layout.valid & ~self.droppable)
         return self.kept[layer]
+
+    def check(self) -> None:
+        """Raises ValueError if a layer selected by a mass that was not finite."""
+        finite, self._finite = self._finite, []
+        if finite and not bool(torch.stack(finite).all()):
+            raise ValueError("attention mass is not finite: the model's attention logits hold NaN or infinity")
 
     def stacked_selection_logps(self) -> Tensor:
         """(layers, batch) log-density of the sampled selection; (0, batch) where selection is deterministic."""
@@ -89,20 +130,31 @@ class SparseContext:
             return self.p.new_zeros(0, self.layout.batch)
         return torch.stack([self.selection_logps[layer] for layer in sorted(self.selection_logps)])
 
-    def _mass(self, layer: int, query: Tensor, key: Tensor, columns: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """(batch, prompt) mass and number of scoring rows that see each token."""
-        length = self.layout.length
-        scores = scoring_rows(self.layout, self.settings, layer)
-        first = int(columns[0])
-        if first > 0 and bool(scores[:, :first].any()):
+    def _scoring(self, layer: int) -> _Scoring:
+        """The scoring rows of a layer; every layer has the same unless they are drawn."""
+        key = layer if self.settings.scoring_rows == "probe" else 0
+        if key not in self._scorings:
+            rows = scoring_rows(self._host_layout, self.settings, layer)
+            slots = rows.any(0).nonzero().flatten()
+            seen_by = rows.flip(-1).cumsum(-1).flip(-1)
+            columns = [slots, torch.where(rows[:, slots], slots, -1), seen_by]
+            device = self.layout.valid.device
+            found = _Scoring(int(slots[0]), len(slots), *(column.to(device, non_blocking=True) for column in columns))
+            self._scorings[key] = found
+        return self._scorings[key]
+
+    def _mass(self, scoring: _Scoring, query: Tensor, key: Tensor, first: int, scale: float) -> Tensor:
+        """(batch, prompt) attention mass."""
+        if scoring.first < first:
             raise RuntimeError(
                 f"scoring rows {self.settings.scoring_rows!r} reach into the shared prefix; run the prompt in one pass"
             )
-        used = scores.any(0).nonzero().flatten()
-        query = query[:, :, used - first]
-        slots = torch.arange(length, device=key.device)
-        visible = (slots[None, :] <= used[:, None])[None] & self.layout.valid[:, None, :] & scores[:, used][:, :, None]
-        return attention_mass(query, key[:, :, :length], visible, scale), visible.sum(1)
+        if scoring.count == self.layout.length - scoring.first:  # all rows from the first on
+            query = query[:, :, scoring.first - first : self.layout.length - first]
+        else:
+            query = query[:, :, scoring.columns - first]
+        key = key[:, :, : self.layout.length]
+        return attention_mass(query, key, scoring.slots, self.layout.valid, scale, impl=self.settings.impl)
 
     def _log_mass(self, mass: Tensor) -> Tensor:
         """log of the mass normalised over the droppable tokens; 0 elsewhere."""

@@ -1,17 +1,20 @@
 """The attention and mask functions registered with transformers under `sparsity_forcing`.
 
 One mask serves all layers, so the mask function returns the 2-D padding mask and the attention function does causality
-and kept sets per layer. Without a context the attention is dense.
+and kept sets per layer. Without a context the attention is dense. Nothing here is of size rows x keys: what a row may
+see is a list of key slots and the length of the part of it that lies behind the row.
 """
 
 from __future__ import annotations
 
 import torch
-from sparsity_kernels import kept_attention
+from sparsity_kernels import causal_attention, kept_attention, ragged_attention
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from sparsity_forcing.attention.cache import PrunedLayer
 from sparsity_forcing.attention.context import SparseContext
 
 NAME = "sparsity_forcing"
@@ -60,11 +63,15 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _dense(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    """Causal attention of the last ``rows`` slots among the keys that are not padding."""
     rows, length = query.shape[2], key.shape[2]
-    if mask is None and rows == length:
-        return kept_attention(query, key, value, None, scale)
-    return kept_attention(query, key, value, _causal(query, length, length - rows, mask), scale)
+    if valid is None and rows == length:
+        return causal_attention(query, key, value, scale)
+    if valid is None:
+        valid = torch.ones(query.shape[0], length, dtype=torch.bool, device=query.device)
+    index, seen = _listed(valid[:, :length])
+    return kept_attention(query, key, value, index, seen[:, length - rows :], scale)
 
 
 def _sparse(
@@ -75,68 +82,112 @@ def _sparse(
     seen = stored.seen if stored is not None else key.shape[2]
     first = seen - rows  # logical slot of the first query row
     if first >= prompt:
-        return _decode(query, key, value, stored, scale)
+        return _decode(query, stored, scale, sparse)
     if seen < prompt:  # a part of the prompt before its end: the visual prefix, dense and shared
         if sparse.settings.prefill == "sparse":
             raise RuntimeError("sparse prefill has no shared prefix; run the prompt in one pass")
         return _dense(query, key, value, mask, scale)
 
-    columns = torch.arange(first, seen, device=query.device)
-    kept = sparse.choose(layer, query, key, columns[columns < prompt], scale)
-    visible, answered = _prompt_visibility(sparse, kept, query, key.shape[2], columns, mask)
-    output = kept_attention(query, key, value, visible, scale)
-    if answered is not None:
-        output = output * answered[:, None, :, None]
+    kept = sparse.choose(layer, query, key, first, scale)
+    if sparse.settings.prefill == "sparse":
+        output = _all_sparse(query, key, value, mask, kept, scale, sparse)
+    else:
+        output = _dense_then_sparse(query, key, value, mask, kept, first, scale, sparse)
     if stored is not None and sparse.replay is None:
-        stored.prune(kept)
+        stored.prune(kept, sparse.settings.impl)
+        if layer > 0:
+            sparse.cache.layers[layer - 1].settle()
     return output
 
 
-def _prompt_visibility(
-    sparse: SparseContext, kept: Tensor, query: Tensor, length: int, columns: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """What the rows at ``columns`` see, (batch, rows, length), and which rows attend at all (None: all).
+def _dense_then_sparse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kept: Tensor,
+    first: int,
+    scale: float,
+    sparse: SparseContext,
+) -> Tensor:
+    """Rows before a batch row's ``dense_until`` see every token before them, the rows after it kept tokens only.
 
-    Completion rows always attend among kept prompt tokens and their own past; of the prompt rows those after the
-    visual prefix (``suffix``), all (``sparse``) or none (``dense``).
+    ``first``: slot of the first query row. Where the batch rows change over at different slots, the slots between are
+    computed both ways.
     """
-    prompt, prefill = sparse.layout.length, sparse.settings.prefill
-    padded = torch.nn.functional.pad
-    after = length - prompt
-    in_prompt = columns < prompt
-    inner = columns[in_prompt]
-    if prefill == "suffix":
-        restricted = padded(~sparse.layout.prefix[:, inner], (0, len(columns) - len(inner)), value=True)
-    else:
-        restricted = ((prefill == "sparse") | ~in_prompt).expand(query.shape[0], -1)
-    keepable = padded(kept, (0, after), value=True)
-    visible = _causal(query, length, int(columns[0]), mask)
-    if mask is None:
-        visible = visible & padded(sparse.layout.valid, (0, after), value=True)[:, None]
-    visible = visible & (keepable[:, None, :] | ~restricted[:, :, None])
-    answered = None
-    if prefill == "sparse":
-        answered = padded(kept, (0, after), value=True)[:, columns]
-    return visible, answered
+    seen = first + query.shape[2]
+    earliest, latest = sparse.dense_until
+    change, end = max(first, earliest), max(first, latest)
+    parts = []
+    if end > first:
+        valid = _valid(mask, sparse, end) if sparse.padded else None
+        dense = _dense(query[:, :, : end - first], key[:, :, :end], value[:, :, :end], valid, scale)
+        parts.append(dense[:, :, : change - first])
+    if change < seen:
+        index, counts = _listed(pad(kept, (0, seen - kept.shape[1]), value=True) & _valid(mask, sparse, seen))
+        rows = query[:, :, change - first :]
+        after = kept_attention(rows, key, value, index, counts[:, change:], scale, sparse.settings.impl)
+        if end > change:
+            still_dense = sparse.dense_rows[:, change:end, None][:, None]
+            parts.append(torch.where(still_dense, dense[:, :, change - first :], after[:, :, : end - change]))
+        parts.append(after[:, :, end - change :])
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, stored, scale: float) -> Tensor:
-    """Generated rows over the pruned cache: every stored real entry, causal among themselves."""
-    rows, length = query.shape[2], key.shape[2]
-    if stored is None or stored.real is None:
+def _all_sparse(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kept: Tensor, scale: float, sparse: SparseContext
+) -> Tensor:
+    """Kept rows attend among kept keys; the others' output is zero. Only kept rows are computed."""
+    seen = query.shape[2]
+    keepable = pad(kept, (0, seen - kept.shape[1]), value=True) & _valid(mask, sparse, seen)
+    index, counts = _listed(keepable)
+    if not query.is_cuda:  # on a GPU the kernel skips what lies beyond a row's count, and nobody waits for the count
+        index = index[:, : int(counts[:, -1].max())]
+    places = torch.arange(index.shape[1], device=query.device)
+    limits = torch.where(places < counts[:, -1:], places + 1, 0)
+    expand = lambda slots: slots[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])  # noqa: E731
+    compact = query.gather(2, expand(index))
+    output = kept_attention(compact, key, value, index, limits, scale, sparse.settings.impl)
+    output = output.gather(2, expand((counts - 1).clamp_min(0)))
+    return output * keepable[:, None, :, None]
+
+
+def _decode(query: Tensor, stored: PrunedLayer | None, scale: float, sparse: SparseContext) -> Tensor:
+    """Generated rows over the pruned cache: every stored entry, causal among themselves."""
+    if stored is None or stored.ragged is None:
         raise RuntimeError("decoding needs the pruned cache of this context's prefill: pass use_cache=True")
-    visible = _causal(query, length, length - rows, stored.real)
-    return kept_attention(query, key, value, visible, scale)
+    cache = stored.ragged
+    return ragged_attention(
+        query,
+        cache.key,
+        cache.value,
+        cache.start,
+        cache.length,
+        scale,
+        impl=sparse.settings.impl,
+        rectangular=cache.rectangular,
+    )
 
 
-def _causal(query: Tensor, length: int, first: int, mask: Tensor | None) -> Tensor:
-    """(batch, rows, length) bool: keys up to the row's own slot, ``first`` for the first row, and not padding."""
-    batch, rows = query.shape[0], query.shape[2]
-    slots = torch.arange(length, device=query.device)
-    causal = slots[None, :] <= (first + torch.arange(rows, device=query.device))[:, None]
-    if mask is None:
-        return causal[None].expand(batch, -1, -1)
-    return causal[None] & mask[:, None, :length]
+def _valid(mask: Tensor | None, sparse: SparseContext, length: int) -> Tensor:
+    """(batch, length) bool: slots that are not padding, those after the prompt included."""
+    if mask is not None:
+        return mask[:, :length]
+    valid = sparse.layout.valid
+    return valid[:, :length] if length <= valid.shape[1] else pad(valid, (0, length - valid.shape[1]), value=True)
+
+
+def _listed(keepable: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots that are True, ascending (batch, length), zeros behind them, and how many lie up to each slot.
+
+    Counted on the device: nobody waits for it.
+    """
+    counts = keepable.cumsum(-1)
+    length = keepable.shape[1]
+    slots = torch.arange(length, device=keepable.device).expand_as(counts)
+    index = torch.zeros(len(counts), length + 1, dtype=torch.long, device=keepable.device)
+    index.scatter_(1, torch.where(keepable, counts - 1, length), slots)
+    return index[:, :length], counts
 
 
 AttentionInterface.register(NAME, attention_forward)

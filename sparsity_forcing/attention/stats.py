@@ -24,6 +24,7 @@ class SparseStats:
     def context(self) -> SparseContext:
         if self._context is None or not self._context.kept:
             raise RuntimeError("no prompt has been run inside this sparse_attention block yet")
+        self._context.check()
         return self._context
 
     @property
@@ -72,10 +73,9 @@ class SparseStats:
     @property
     def dense_cache_bytes(self) -> int:
         """Bytes a dense cache of the same batch and length stores."""
-        total = 0
-        for layer in self.context.cache.layers if self.context.cache is not None else ():
-            total += layer.nbytes // layer.keys.shape[2] * layer.seen
-        return total
+        if self.context.cache is None:
+            return 0
+        return sum(layer.dense_nbytes for layer in self.context.cache.layers)
 
 
 def layer_ratios(kept: dict[int, Tensor], among: Tensor) -> Tensor:

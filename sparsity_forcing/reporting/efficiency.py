@@ -7,17 +7,15 @@ quartiles. End-of-answer is held back so that every arm decodes the same number 
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from sparsity_forcing.attention.cache import PrunedLayer
 from sparsity_forcing.methods import Method
 
 
@@ -74,15 +72,18 @@ def run_once(arm: Arm, inputs: dict, new_tokens: int) -> Sample:
     return Sample(
         prefill=float(marks[0] - start),
         steps=np.diff(marks),
-        cache_bytes=tensor_bytes(output.past_key_values),
+        cache_bytes=cache_bytes(output.past_key_values),
         token_ratio=1.0 if stats is None else float(stats.token_ratio.mean()),
         visual_token_ratio=1.0 if stats is None else float(stats.visual_token_ratio.mean()),
     )
 
 
-def tensor_bytes(cache) -> int:
+def cache_bytes(cache) -> int:
     """Bytes of all keys and values that a transformers cache holds."""
-    return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    return sum(
+        layer.nbytes if isinstance(layer, PrunedLayer) else layer.keys.nbytes + layer.values.nbytes
+        for layer in cache.layers
+    )
 
 
 def measure(arms: Sequence[Arm], inputs: dict, new_tokens: int, repetitions: int) -> dict[str, list[Sample]]:
@@ -123,20 +124,3 @@ def summarise(samples: dict[str, list[Sample]], baseline: str) -> dict[str, dict
         }
         for name, runs in samples.items()
     }
-
-
-def hardware() -> str:
-    """The machine as a reader needs to know it: processor or GPU, and the threads in use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    threads = torch.get_num_threads()
-    return f"{_processor_name()}, {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''} used"
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from sparsity_forcing.data.digits import load_scans, render
 from sparsity_forcing.data.schema import Row
+from sparsity_forcing.lineage import hardware
 from sparsity_forcing.methods import Full, Method, sparse_method
 from sparsity_forcing.models.families import visual_token_ids
 from sparsity_forcing.models.load import load
 from sparsity_forcing.models.prompts import encode_prompts, to_pil
 from sparsity_forcing.params import Params
 from sparsity_forcing.reporting.content import BASE_ARM, DENSE_ARM, POLICY_ARM, Measured
-from sparsity_forcing.reporting.efficiency import Arm, hardware, measure, summarise
+from sparsity_forcing.reporting.efficiency import Arm, measure, summarise
 from sparsity_forcing.reporting.inputs import Inputs
 from sparsity_forcing.reporting.kept import first_of_each, measure_kept
 

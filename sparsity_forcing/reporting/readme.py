@@ -1,4 +1,4 @@
-"""Writes the README's results from the metrics: `make readme`. So the README says what the committed run measured."""
+"""Writes the README's figures from the metrics: `make readme`. So the README says what the committed runs measured."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from sparsity_forcing.files import write_text_atomic
 from sparsity_forcing.methods import Full
 from sparsity_forcing.reporting import formatting as fmt
 
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 HEADER = "| model | attention | budget p | accuracy (95% interval) | visual tokens kept | all tokens kept |"
 
 
+NOT_MEASURED = "not measured"
+
+
 class ReadmeError(ValueError):
-    """README.md has no place for the results."""
+    """README.md has no place for the figures."""
 
 
 def results(table: BenchmarkTable, report: dict, train: dict) -> str:
@@ -48,24 +50,63 @@ def results(table: BenchmarkTable, report: dict, train: dict) -> str:
     return "\n".join(lines)
 
 
-def with_results(readme: str, block: str) -> str:
-    """``readme`` with ``block`` between its two markers.
+def speed(cpu: dict | None, gpu: dict | None) -> str:
+    """The speed table as Markdown: every case of the CPU set and of the GPU set with its setting and its baseline."""
+    lines = ["| what | setting | against | speed-up (range) |", "|---|---|---|---|"]
+    for bench, name in ((cpu, "CPU"), (gpu, "GPU")):
+        if bench is None:
+            lines.append(
+                f"| everything on a {name} | – | – | {NOT_MEASURED}; `make bench-{name.lower()}` measures it |"
+            )
+            continue
+        for case in bench["cases"].values():
+            low, high = case["speedup_range"]
+            lines.append(
+                f"| {case['name']} | {_setting(case['setting'])} | {case['baseline']} "
+                f"| {case['speedup']:.2f} × ({low:.2f}–{high:.2f}) |"
+            )
+    benches = [bench["manifest"] for bench in (cpu, gpu) if bench is not None]
+    lines += ["", *(f"Measured on {m['hardware']}, torch {m['versions']['torch']}." for m in benches)]
+    return "\n".join(lines)
+
+
+def _setting(setting: dict) -> str:
+    shown = (
+        "token_ratio",
+        "heads",
+        "kv_heads",
+        "dim",
+        "prompts",
+        "answers",
+        "rollouts",
+        "new_tokens",
+        "layers",
+        "dtype",
+    )
+    return ", ".join(f"{key.replace('_', ' ')} {setting[key]}" for key in shown if key in setting)
+
+
+def with_block(readme: str, name: str, block: str) -> str:
+    """``readme`` with ``block`` between the markers ``<!-- name -->`` and ``<!-- /name -->``.
 
     Raises:
         ReadmeError: a marker is missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ReadmeError(f"README.md needs the lines {BEGIN} and {END} where the results go")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+        raise ReadmeError(f"README.md needs the lines {first} and {last} where the figures go")
+    return f"{before}{first}\n{block}\n{last}{after}"
 
 
 def main(root: Path = Path(".")) -> None:
-    report, train = (json.loads((root / f"metrics/{name}.json").read_text()) for name in ("report", "train"))
+    read = lambda name: json.loads((root / f"metrics/{name}.json").read_text(encoding="utf-8"))  # noqa: E731
     path = root / "README.md"
-    block = results(load_table(root / "metrics/evaluate.json"), report, train)
-    write_text_atomic(path, with_results(path.read_text(encoding="utf-8"), block))
+    block = results(load_table(root / "metrics/evaluate.json"), read("report"), read("train"))
+    readme = with_block(path.read_text(encoding="utf-8"), "results", block)
+    benches = [read(name) if (root / f"metrics/{name}.json").exists() else None for name in ("bench_cpu", "bench_gpu")]
+    write_text_atomic(path, with_block(readme, "speed", speed(*benches)))
 
 
 if __name__ == "__main__":

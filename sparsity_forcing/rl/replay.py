@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from sparsity_forcing.attention.context import SparseContext
+from sparsity_forcing.generation.forward import run_prefix, run_rest, token_logps
+from sparsity_forcing.generation.prompts import Prompts
 from sparsity_forcing.params import SparsityParams
-from sparsity_forcing.rl.forward import run_prefix, run_rest, token_logps
-from sparsity_forcing.rl.prompts import Prompts
 from sparsity_forcing.rl.rollout import Rollouts
 
 

@@ -29,13 +29,13 @@ from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import Checkpoints
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.files import replace_directory, write_json_atomic
+from sparsity_forcing.generation.prompts import Prompts, build_prompts, shares_prefix
 from sparsity_forcing.models.families import require_supported, vision_tower, visual_token_ids
 from sparsity_forcing.models.prompts import encode_prompts
 from sparsity_forcing.params import SparsityParams, TrainParams
 from sparsity_forcing.rl.batches import rows_of_step
 from sparsity_forcing.rl.loss import LossInputs, grpo_loss
 from sparsity_forcing.rl.metrics import sample_table, step_metrics
-from sparsity_forcing.rl.prompts import Prompts, build_prompts, shares_prefix
 from sparsity_forcing.rl.replay import Replay, reference_logps
 from sparsity_forcing.rl.rewards import Rewards, group_advantages, joint_rewards
 from sparsity_forcing.rl.rollout import Rollouts, Sampling, roll_out

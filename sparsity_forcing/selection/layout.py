@@ -55,6 +55,9 @@ class PromptLayout:
             protected |= ~self.visual
         return self.valid & ~protected
 
+    def to(self, device) -> PromptLayout:
+        return PromptLayout(*(t.to(device) for t in (self.valid, self.visual, self.prefix, self.seeds)))
+
     def repeat(self, times: int) -> PromptLayout:
         """Every row ``times`` times in a row: the layout of groups of rollouts."""
         return PromptLayout(

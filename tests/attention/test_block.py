@@ -91,13 +91,17 @@ def test_bytes_are_those_of_the_stored_tensors(tiny):
     with sparse_attention(model, p=0.5) as stats:
         sparse = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
 
-    def storage(cache) -> int:
-        return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
-
-    assert stats.cache_bytes == storage(sparse.past_key_values)
-    assert stats.dense_cache_bytes == storage(dense.past_key_values)
-    assert stats.cache_bytes < 0.8 * stats.dense_cache_bytes
     token = 2 * 2 * 16 * 8  # keys and values x kv heads x head size x float64
+    stored = [
+        t.untyped_storage().nbytes()
+        for cut in sparse.past_key_values.layers
+        for t in (cut.ragged.key, cut.ragged.value)
+    ]
+    free = sum(cut.ragged.room_left for cut in sparse.past_key_values.layers)
+    assert stats.cache_bytes == sum(stored) - token * free
+    whole = [t.untyped_storage().nbytes() for full in dense.past_key_values.layers for t in (full.keys, full.values)]
+    assert stats.dense_cache_bytes == sum(whole)
+    assert stats.cache_bytes < 0.8 * stats.dense_cache_bytes
     assert stats.cache_bytes == token * (int(stats.kept(0).sum()) + int(stats.kept(1).sum()) + 2 * 2)
 
 

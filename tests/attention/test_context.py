@@ -29,7 +29,7 @@ def attention() -> tuple[torch.Tensor, torch.Tensor]:
 
 def run(layout: PromptLayout, attention, **options) -> tuple[SparseContext, torch.Tensor]:
     context = SparseContext(SETTINGS, layout, torch.tensor([0.6, 0.8]), **options)
-    return context, context.choose(0, *attention, torch.arange(LENGTH), SCALE)
+    return context, context.choose(0, *attention, 0, SCALE)
 
 
 def masses(layout: PromptLayout, attention) -> torch.Tensor:
@@ -102,14 +102,14 @@ def test_the_rows_of_the_suffix_are_enough(layout, attention):
     whole, kept = run(layout, attention)
     context = SparseContext(SETTINGS, layout, whole.p)
     query, key = attention
-    assert torch.equal(context.choose(0, query[:, :, -4:], key, torch.arange(LENGTH - 4, LENGTH), SCALE), kept)
+    assert torch.equal(context.choose(0, query[:, :, -4:], key, LENGTH - 4, SCALE), kept)
 
 
 def test_scoring_rows_inside_a_shared_prefix_are_refused(layout, attention):
     settings = SETTINGS.model_copy(update={"scoring_rows": "all"})
     context = SparseContext(settings, layout, torch.tensor([0.6, 0.8]))
     with pytest.raises(RuntimeError, match="scoring rows 'all' reach into the shared prefix"):
-        context.choose(0, attention[0][:, :, -4:], attention[1], torch.arange(LENGTH - 4, LENGTH), SCALE)
+        context.choose(0, attention[0][:, :, -4:], attention[1], LENGTH - 4, SCALE)
 
 
 def test_one_budget_per_row(layout):

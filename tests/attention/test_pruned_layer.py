@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sparsity_kernels import CapacityError
 
 from sparsity_forcing.attention.cache import PrunedLayer, pruned_cache
 
@@ -21,7 +22,8 @@ def layer() -> PrunedLayer:
 
 
 def stored(layer: PrunedLayer, row: int) -> list[float]:
-    return layer.keys[row, 0, layer.real[row], 0].tolist()
+    first, count = int(layer.ragged.start[row]), int(layer.ragged.length[row])
+    return layer.ragged.key[first : first + count, 0, 0].tolist()
 
 
 def test_kept_positions_are_stored_and_all_are_counted(layer):
@@ -35,6 +37,20 @@ def test_new_tokens_follow_the_kept_ones(layer):
     layer.update(torch.full((2, 1, 2, 4), 7.0), torch.zeros(2, 1, 2, 4))
     assert (stored(layer, 0), stored(layer, 1)) == ([0, 3, 5, 7, 7], [2, 5, 7, 7])
     assert layer.get_seq_length() == 8
+    assert layer.nbytes == 2 * 2 * 5 * 4 * 4  # the free room behind the rows is not counted
+
+
+def test_rows_grow_as_often_as_it_takes(layer):
+    for token in range(100):
+        layer.update(torch.full((2, 1, 1, 4), 200.0 + token), torch.zeros(2, 1, 1, 4))
+    assert stored(layer, 1) == [2, 5, *range(200, 300)]
+    assert layer.dense_nbytes == 2 * 2 * 106 * 4 * 4
+
+
+def test_a_full_cache_is_not_advanced(layer):
+    with pytest.raises(CapacityError, match="nothing was written"):
+        layer.advance()
+    assert layer.get_seq_length() == 6
 
 
 def test_a_layer_is_pruned_once(layer):
@@ -58,7 +74,7 @@ def test_rows_are_reordered_selected_and_repeated_with_their_marks(layer):
 
 def test_a_reset_layer_is_empty(layer):
     layer.reset()
-    assert (layer.get_seq_length(), layer.real, layer.nbytes) == (0, None, 0)
+    assert (layer.get_seq_length(), layer.ragged, layer.nbytes) == (0, None, 0)
 
 
 def test_a_cache_has_as_many_layers_as_asked_for():

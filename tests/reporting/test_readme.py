@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparsity_forcing.evaluation.table import BenchmarkRow, BenchmarkTable
-from sparsity_forcing.reporting.readme import BEGIN, END, ReadmeError, results, with_results
+from sparsity_forcing.reporting.readme import ReadmeError, results, speed, with_block
 
 
 def row(checkpoint: str, method: str, p: float, accuracy: float, ratio: float) -> BenchmarkRow:
@@ -44,8 +44,23 @@ def test_every_row_is_a_line_with_its_numbers():
     assert "10 steps of 64 rollouts in 1 min 5 s" in block
 
 
+def test_every_case_is_a_line_and_what_was_not_measured_says_so():
+    case = {
+        "name": "decode attention",
+        "setting": {"token_ratio": 0.25, "dtype": "float32", "device": "cpu"},
+        "baseline": "dense",
+        "speedup": 3.456,
+        "speedup_range": [3.0, 4.0],
+    }
+    manifest = {"hardware": "a machine", "versions": {"torch": "2.0"}}
+    block = speed({"cases": {"decode": case}, "manifest": manifest}, None)
+    assert "| decode attention | token ratio 0.25, dtype float32 | dense | 3.46 × (3.00–4.00) |" in block
+    assert "| everything on a GPU | – | – | not measured; `make bench-gpu` measures it |" in block
+    assert block.endswith("Measured on a machine, torch 2.0.")
+
+
 def test_only_what_is_between_the_markers_changes():
-    readme = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    assert with_results(readme, "new") == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    readme = "before\n<!-- results -->\nold\n<!-- /results -->\nafter\n"
+    assert with_block(readme, "results", "new") == readme.replace("old", "new")
     with pytest.raises(ReadmeError, match=r"README\.md needs the lines"):
-        with_results("no markers", "new")
+        with_block("no markers", "results", "new")

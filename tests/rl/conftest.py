@@ -9,12 +9,6 @@ from tiny_prompts import sharp_model
 from sparsity_forcing.attention.api import decoder_attention
 
 
-@pytest.fixture(scope="session")
-def tiny():
-    """(model, processor): two layers, float64, plain attention."""
-    return sharp_model()
-
-
 @pytest.fixture
 def policy(tiny):
     """The same model with its decoder on the registered attention, as rollouts and updates want it."""

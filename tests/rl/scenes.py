@@ -8,9 +8,9 @@ import torch
 from tiny_prompts import Question, encode
 from torch import Tensor
 
+from sparsity_forcing.generation.prompts import Prompts, build_prompts
 from sparsity_forcing.models.families import visual_token_ids
 from sparsity_forcing.params import SparsityParams
-from sparsity_forcing.rl.prompts import Prompts, build_prompts
 from sparsity_forcing.rl.replay import Replay
 from sparsity_forcing.rl.rollout import Rollouts, Sampling, roll_out
 

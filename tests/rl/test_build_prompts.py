@@ -8,9 +8,9 @@ from scenes import prompts_of
 from tiny_prompts import TEXT_ONLY, encode, extend, mixed_questions, sharp_model
 
 from sparsity_forcing.attention.api import decoder_attention
+from sparsity_forcing.generation.forward import run_prefix, run_rest
 from sparsity_forcing.models.families import FAMILIES, visual_token_ids
 from sparsity_forcing.params import SparsityParams
-from sparsity_forcing.rl.forward import run_prefix, run_rest
 from sparsity_forcing.selection import PromptLayout
 
 SUFFIX = SparsityParams()

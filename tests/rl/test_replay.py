@@ -98,7 +98,7 @@ def test_the_cut_leaves_the_gradient_as_it_is(policy, monkeypatch):
     settings = SparsityParams()
     results = []
     for shares in (True, False):
-        monkeypatch.setattr("sparsity_forcing.rl.prompts.shares_prefix", lambda settings, shares=shares: shares)
+        monkeypatch.setattr("sparsity_forcing.generation.prompts.shares_prefix", lambda settings, shares=shares: shares)
         prompts = prompts_of(model, processor, mixed_questions(), settings, encode_images=False)
         assert (prompts.prefix > 0) == shares
         rollouts = cut_short(rollouts_of(model, prompts, BUDGETS[:4], 1, settings), LENGTHS[:4])

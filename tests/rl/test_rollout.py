@@ -72,7 +72,7 @@ def test_a_shared_prefix_changes_nothing(policy, prefill, sigma):
 def test_the_cut_changes_nothing(policy, monkeypatch):
     model, processor = policy
     cut = prompts_of(model, processor, mixed_questions(), SUFFIX)
-    monkeypatch.setattr("sparsity_forcing.rl.prompts.shares_prefix", lambda settings: False)
+    monkeypatch.setattr("sparsity_forcing.generation.prompts.shares_prefix", lambda settings: False)
     whole = prompts_of(model, processor, mixed_questions(), SUFFIX)
     assert cut.prefix > 0 == whole.prefix
     first, second = (rollouts_of(model, prompts, BUDGETS, 1, SUFFIX) for prompts in (cut, whole))

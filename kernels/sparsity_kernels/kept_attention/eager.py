@@ -1,31 +1,82 @@
-"""Eager reference of attention among visible keys (README.md has the definition)."""
+"""Eager reference of attention among kept keys (README.md has the definition)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+_BLOCK_ROWS = 512  # query rows times heads of a group in one block: what bounds the mask and the logits
 
 
-def kept_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention of every query row over the keys it may see; grouped-query, without repeating keys.
+def causal_attention_eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """torch's fused causal attention; it never holds the map."""
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+def kept_attention_eager(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, limits: Tensor, scale: float
+) -> Tensor:
+    """Gathers the kept keys, then attends in blocks of query rows.
+
+    A block reads keys up to its own largest limit. Where there are several blocks and a gradient is wanted, each is
+    recomputed in the backward pass, so that memory grows linearly in rows and keys. Takes the limits to the host.
+    """
+    block = max(1, _BLOCK_ROWS * key.shape[1] // query.shape[1])
+    parts = limits.split(block, dim=1)
+    bounds = [[int(bound) for bound in torch.aminmax(part)] for part in parts]
+    longest = max(1, *(largest for _, largest in bounds))
+    keys, values = _gather(key, value, index[:, :longest], limits)
+    several = len(parts) > 1 and torch.is_grad_enabled()
+    recompute = several and any(tensor.requires_grad for tensor in (query, key, value))
+    outputs = []
+    for rows, part, (smallest, largest) in zip(query.split(block, dim=2), parts, bounds, strict=True):
+        seen = max(1, largest)
+        arguments = (rows, keys[:, :, :seen], values[:, :, :seen], part, smallest, scale)
+        if recompute:
+            outputs.append(checkpoint(attend_first, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outputs.append(attend_first(*arguments))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def attend_first(query: Tensor, key: Tensor, value: Tensor, limits: Tensor, smallest: int, scale: float) -> Tensor:
+    """Attention of query row i over the first ``limits[b, i]`` keys; 0 for rows that see nothing.
+
+    The query heads of a group become rows of their key head: torch's fused CPU kernel reads the keys once per group
+    that way, and takes grouped queries only by repeating the keys.
 
     Args:
-        query: (batch, heads, rows, dim). key, value: (batch, kv_heads, length, dim).
-        visible: (batch, rows, length) bool, or None for plain causal attention of rows == length.
-        scale: factor of the logits.
-
-    Returns:
-        (batch, heads, rows, dim); zero for rows that see nothing. Differentiable in query, key and value.
+        query: (batch, heads, rows, dim). key, value: (batch, kv_heads, keys, dim), at least one key.
+        limits: (batch, rows). smallest: the smallest of them, on the host.
     """
-    grouped = query.shape[1] != key.shape[1]
-    if visible is None:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-    sees = visible.any(-1)
-    if bool(sees.all()):
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=visible[:, None], scale=scale, enable_gqa=grouped
-        )
-    filled = visible | ~sees[..., None]  # a row without keys would be 0/0: let it see all, then blank it
-    output = scaled_dot_product_attention(query, key, value, attn_mask=filled[:, None], scale=scale, enable_gqa=grouped)
-    return torch.where(sees[:, None, :, None], output, torch.zeros((), dtype=output.dtype, device=output.device))
+    batch, heads, rows, dim = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    mask = None
+    if smallest < keys:
+        filled = limits if smallest > 0 else limits.clamp_min(1)  # a row without keys would be 0/0: blanked below
+        seen = torch.arange(keys, device=key.device) < filled[..., None]
+        mask = seen.repeat(1, group, 1)[:, None]
+    folded = query.reshape(batch, kv_heads, group * rows, dim)
+    output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+    output = output.reshape(batch, heads, rows, dim)
+    if smallest > 0:
+        return output
+    return output.masked_fill((limits <= 0)[:, None, :, None], 0.0)
+
+
+def _gather(key: Tensor, value: Tensor, index: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """(batch, kv_heads, keys, dim) at the slots of ``index``, whose entries beyond a row's limits are not read."""
+    batch, kv_heads, length, dim = key.shape
+    longest = limits.amax(1, keepdim=True)
+    inside = torch.arange(index.shape[1], device=index.device) < longest
+    slots = torch.where(inside, index, index[:, :1])
+    heads = torch.arange(batch * kv_heads, device=index.device).view(batch, kv_heads, 1) * length
+    flat = (heads + slots[:, None]).flatten()
+    shape = (batch, kv_heads, index.shape[1], dim)
+    keys = key.reshape(-1, dim).index_select(0, flat).view(shape)
+    values = value.reshape(-1, dim).index_select(0, flat).view(shape)
+    return keys, values

@@ -1,4 +1,4 @@
-"""Eager reference of top-p selection (README.md has the definition)."""
+"""Eager reference of top-p selection (README.md has the definition). Sorts once for all budgets of a row."""
 
 from __future__ import annotations
 
@@ -9,40 +9,28 @@ _FRACTION_BITS = 40
 
 
 def top_p_count(mass: Tensor, droppable: Tensor, p: Tensor) -> Tensor:
-    """Smallest count b whose b largest masses among the droppable tokens sum to at least p of their total.
-
-    Masses are summed as integers in units of 2^-40 of the row's largest power of two, so the result does not depend on
-    the order of the sum: every device finds the same count.
-
-    Args:
-        mass: (batch, length) float32, finite and not negative where droppable.
-        droppable: (batch, length) bool.
-        p: (batch,) float32 budgets in (0, 1]. At p = 1 every droppable token counts, also those without mass.
-
-    Returns:
-        (batch,) int64 counts, at least 1; 0 where nothing is droppable.
-    """
-    available = droppable.sum(-1)
+    """See `sparsity_kernels.top_p.top_p_count`."""
+    budgets = (p if p.ndim == 2 else p[:, None]).double()
+    available = droppable.sum(-1, keepdim=True)
     masked = mass.double().masked_fill(~droppable, 0.0)
     exponent = torch.frexp(masked.amax(-1, keepdim=True)).exponent
-    units = torch.ldexp(masked, _FRACTION_BITS - exponent).round().long()
-    ordered = units.sort(dim=-1, descending=True).values.cumsum(-1)
-    target = p.double()[:, None] * ordered[:, -1:].double()
-    count = (ordered.double() < target).sum(-1) + 1
-    count = torch.where(p >= 1, available, torch.minimum(count, available))
-    return torch.where(available > 0, count.clamp_min(1).minimum(available), available)
+    units = (masked * _power_of_two(_FRACTION_BITS - exponent)).round().long()
+    reached = units.sort(dim=-1, descending=True).values.cumsum(-1).double()
+    target = budgets * reached[:, -1:]
+    count = torch.searchsorted(reached, target) + 1  # sums below the target, and the one that reaches it
+    return torch.where(budgets >= 1, available, torch.minimum(count, available)).view(p.shape)
 
 
 def keep_highest(rank: Tensor, droppable: Tensor, count: Tensor) -> Tensor:
-    """The ``count`` droppable tokens that rank highest; ties go to the lower index.
-
-    Args:
-        rank: (batch, length) float32. droppable: (batch, length) bool. count: (batch,) int64.
-
-    Returns:
-        (batch, length) bool, True for the tokens that stay; never True outside ``droppable``.
-    """
+    """See `sparsity_kernels.top_p.keep_highest`."""
     order = rank.masked_fill(~droppable, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     place = torch.empty_like(order)
     place.scatter_(-1, order, torch.arange(rank.shape[-1], device=rank.device).expand_as(order))
-    return (place < count[:, None]) & droppable
+    place.masked_fill_(~droppable, rank.shape[-1])
+    counts = count.clamp(max=rank.shape[-1])
+    return place < counts[:, None] if count.ndim == 1 else place[:, None] < counts[..., None]
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """float64 2^exponent for -1022 <= exponent <= 1023, from its bits: exact on every device, as pow need not be."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)

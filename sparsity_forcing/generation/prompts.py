@@ -1,4 +1,4 @@
-"""Prompts of a training batch, cut at the end of the visual prefix.
+"""Prompts of a batch, cut at the end of the visual prefix.
 
 The visual prefix depends on neither the budget nor the question, so it is computed once per query and shared by the
 query's rollouts. Both parts are padded on the left, so that every prefix ends in the same column.

@@ -1,4 +1,4 @@
-"""The two passes every part of the RL stage runs: the shared visual prefix, then what follows it."""
+"""The two passes of every prompt: the visual prefix, shared by a group of answers, then what follows it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from transformers.cache_utils import Cache
 
 from sparsity_forcing.attention.cache import pruned_cache
 from sparsity_forcing.attention.context import SparseContext
-from sparsity_forcing.rl.prompts import Prompts
+from sparsity_forcing.generation.prompts import Prompts
 
 
-def run_prefix(model, prompts: Prompts, group: int) -> Cache:
+def run_prefix(model, prompts: Prompts, group: int, room: int = 0) -> Cache:
     """A cache that holds the visual prefix of every query ``group`` times; empty where nothing is shared.
 
+    ``room``: entries that each row will have for generated tokens once the cache is pruned.
     The prefix is computed once per query. Gradients of all copies add up in it.
     """
-    cache = pruned_cache(model.config.get_text_config().num_hidden_layers)
+    cache = pruned_cache(model.config.get_text_config().num_hidden_layers, room)
     if prompts.prefix:
         columns = slice(0, prompts.prefix)
         model(

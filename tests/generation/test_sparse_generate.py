@@ -1,0 +1,120 @@
+"""The fused loop gives what `model.generate` gives inside `sparse_attention`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_prompts import TEXT_ONLY, encode, mixed_questions, question, sharp_model
+
+from sparsity_forcing import sparse_attention, sparse_generate
+from sparsity_forcing.generation.loop import Sampling, draw
+from sparsity_forcing.models.families import FAMILIES
+
+KINDS = [("suffix", "text"), ("dense", "text"), ("sparse", "probe"), ("sparse", "all"), ("suffix", "all")]
+
+
+def by_generate(model, inputs: dict, p, tokens: int = 6, **settings):
+    """New tokens and statistics of transformers' own loop."""
+    with sparse_attention(model, p=p, **settings) as stats, torch.no_grad():
+        found = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return found[:, inputs["input_ids"].shape[1] :], stats
+
+
+@pytest.mark.parametrize("prefill, scoring_rows", KINDS)
+def test_greedy_answers_of_a_mixed_batch(tiny, prefill, scoring_rows):
+    model, processor = tiny
+    inputs = encode(processor, mixed_questions())
+    p = torch.tensor([0.5, 0.7, 0.9, 0.6])
+    expected, stats = by_generate(model, inputs, p, prefill=prefill, scoring_rows=scoring_rows)
+    found = sparse_generate(model, inputs, p, max_new_tokens=6, prefill=prefill, scoring_rows=scoring_rows)
+    pad = model.generation_config.pad_token_id
+    assert torch.equal(found.tokens.masked_fill(~found.mask, pad), expected)
+    torch.testing.assert_close(found.stats.layer_ratio, stats.layer_ratio)
+    assert found.logps.masked_select(found.mask).max() <= 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    model, processor = sharp_model(family)
+    inputs = encode(processor, [question(6), TEXT_ONLY])
+    expected, _ = by_generate(model, inputs, 0.6)
+    found = sparse_generate(model, inputs, 0.6, max_new_tokens=6)
+    assert torch.equal(found.tokens.masked_fill(~found.mask, model.generation_config.pad_token_id), expected)
+
+
+def test_a_group_shares_its_prefix_and_gets_what_each_gets_alone(tiny):
+    model, processor = tiny
+    inputs = encode(processor, mixed_questions()[:2])
+    p = torch.tensor([0.5, 0.7, 0.9, 0.4, 0.6, 1.0])
+    together = sparse_generate(model, inputs, p, num_return_sequences=3, max_new_tokens=5)
+    for row in range(6):
+        alone = sparse_generate(
+            model, encode(processor, [mixed_questions()[row // 3]]), float(p[row]), max_new_tokens=5
+        )
+        assert torch.equal(together.tokens[row][together.mask[row]], alone.tokens[0][alone.mask[0]])
+        torch.testing.assert_close(together.stats.layer_ratio[:, row], alone.stats.layer_ratio[:, 0])
+
+
+def test_rows_stop_by_themselves(tiny):
+    model, processor = tiny
+    inputs = encode(processor, mixed_questions())
+    free = sparse_generate(model, inputs, 0.8, max_new_tokens=6)
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = int(free.tokens[1, 2])
+    try:
+        stopped = sparse_generate(model, inputs, 0.8, max_new_tokens=6)
+    finally:
+        model.generation_config.eos_token_id = before
+    for row in range(4):
+        answer = free.tokens[row].tolist()
+        place = answer.index(free.tokens[1, 2]) + 1 if int(free.tokens[1, 2]) in answer else 6
+        width = stopped.mask.shape[1]
+        assert stopped.tokens[row][stopped.mask[row]].tolist() == answer[:place]
+        assert stopped.mask[row].tolist() == [column < place for column in range(width)]
+        assert bool(stopped.truncated[row]) == (place == 6 and answer[-1] != int(free.tokens[1, 2]))
+
+
+def test_samples_are_those_of_multinomial():
+    logits = torch.randn(64, 40, generator=torch.Generator().manual_seed(1))
+    sampling = Sampling(0.7, 1, (), 0, torch.tensor([3, 5]))
+    found = draw(logits, sampling, torch.Generator().manual_seed(2))
+    probabilities = torch.softmax(logits.index_fill(1, torch.tensor([3, 5]), -torch.inf) / 0.7, -1)
+    expected = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(2))[:, 0]
+    assert torch.equal(found, expected)
+
+
+def test_images_are_never_sampled(tiny):
+    model, processor = tiny
+    found = sparse_generate(
+        model,
+        encode(processor, [question(6)] * 2),
+        0.8,
+        num_return_sequences=16,
+        temperature=50.0,
+        max_new_tokens=8,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert len(found.tokens.unique()) > 20
+    assert not bool(torch.isin(found.tokens, torch.tensor([model.config.image_token_id])).any())
+
+
+def test_what_is_wrong_is_named(tiny):
+    model, processor = tiny
+    inputs = encode(processor, [question(6)])
+    with pytest.raises(ValueError, match="2 budgets for 3 answers"):
+        sparse_generate(model, inputs, torch.tensor([0.5, 0.6]), num_return_sequences=3)
+    with pytest.raises(ValueError, match=r"budget p must be in \(0, 1\]"):
+        sparse_generate(model, inputs, 0.0)
+    with pytest.raises(ValueError, match="needs a generator"):
+        sparse_generate(model, inputs, temperature=1.0)
+    with pytest.raises(ValueError, match="share no visual prefix"):
+        sparse_generate(model, inputs, num_return_sequences=2, prefill="sparse", scoring_rows="probe")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA device"):
+            sparse_generate(model, inputs, cuda_graph=True)
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="training mode"):
+            sparse_generate(model, inputs)
+    finally:
+        model.eval()
