@@ -98,3 +98,25 @@ def test_a_training_step(single, inputs, prefill):
     assert any(not torch.equal(eager_weights[name], start[name]) for name in start)
     for name, expected in eager_weights.items():
         torch.testing.assert_close(triton_weights[name], expected, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_a_full_budget_is_the_dense_model(single, inputs):
+    """Logits, loss gradients and greedy answers."""
+    model, processor = single
+    whole, labels = append_answers(processor, inputs, ["7", "red 7"])
+    whole, labels = {name: value.to(DEVICE) for name, value in whole.items()}, labels.to(DEVICE)
+    trained = [parameter for name, parameter in model.named_parameters() if "visual" not in name]
+
+    def outcome() -> tuple:
+        found = model(**whole, labels=labels)
+        gradients = torch.autograd.grad(found.loss, trained)
+        answers = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        return found.logits[whole["attention_mask"].bool()].detach(), gradients, answers
+
+    dense = outcome()
+    with sparse_attention(model, 1.0, impl="triton"):
+        sparse = outcome()
+    torch.testing.assert_close(sparse[0], dense[0], rtol=1e-4, atol=1e-4)
+    for found, expected in zip(sparse[1], dense[1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert torch.equal(sparse[2], dense[2])

@@ -185,11 +185,11 @@ def test_equal_scores_give_the_mean_and_a_dominant_one_its_value(impl):
 def test_two_runs_are_equal_and_a_sample_alone_is_the_sample_in_its_batch(impl):
     *tensors, index, limits = problem(20, 80, 70, 4, 2)
     gradient = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(2))
-    run = lambda own: with_gradients(  # noqa: E731
-        lambda *qkv: kept_attention(*qkv, index[own], limits[own], SCALE, impl),
-        [t[own] for t in tensors],
-        gradient[own],
-    )
+
+    def run(own):
+        attend = lambda *qkv: kept_attention(*qkv, index[own], limits[own], SCALE, impl)  # noqa: E731
+        return with_gradients(attend, [tensor[own] for tensor in tensors], gradient[own])
+
     both = run(slice(0, 2))
     assert all(torch.equal(*pair) for pair in zip(both, run(slice(0, 2)), strict=True))
     for sample in range(2):

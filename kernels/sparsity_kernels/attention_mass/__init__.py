@@ -25,7 +25,8 @@ def attention_mass(
 ) -> Tensor:
     """Column sums of the causal attention map over the scoring rows, mean over query heads.
 
-    Memory is linear in ``rows + length``, forward and backward: the map is never stored.
+    Memory is linear in ``rows + length``, forward and backward: the map is never stored. Values that are not finite,
+    also in padding, may spread to the whole mass.
 
     Args:
         query: (batch, heads, rows, dim), the scoring rows only. Last dimension contiguous, any other strides.

@@ -79,4 +79,7 @@ def _gather(key: Tensor, value: Tensor, index: Tensor, limits: Tensor) -> tuple[
     shape = (batch, kv_heads, index.shape[1], dim)
     keys = key.reshape(-1, dim).index_select(0, flat).view(shape)
     values = value.reshape(-1, dim).index_select(0, flat).view(shape)
+    unseen = longest <= 0
+    if bool(unseen.any()):  # a batch row without any key has no slot that may be read
+        keys, values = (tensor.masked_fill(unseen[..., None, None], 0.0) for tensor in (keys, values))
     return keys, values
