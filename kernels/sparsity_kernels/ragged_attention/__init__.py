@@ -29,7 +29,8 @@ def ragged_attention(
 
     Batch row b owns the entries ``start[b]`` … ``start[b] + length[b] - 1``; the last of them are those of its query
     rows, so query row i of ``rows`` sees the first ``length[b] - (rows - 1 - i)``. A row that sees nothing gives zeros.
-    Entries that no batch row owns are never used: they may hold anything, also what is not a number.
+    Entries that no batch row owns are never used: they may hold anything, also what is not a number. With
+    ``rectangular`` those behind a row must be zero, as in a `RaggedCache`: eager masks them.
 
     Args:
         query: (batch, heads, rows, dim), 1 … 64 rows (one in a decode step), heads a multiple of kv_heads.

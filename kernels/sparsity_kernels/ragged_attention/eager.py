@@ -10,7 +10,6 @@ from sparsity_kernels.kept_attention.eager import attend_first
 # Numbers per row of keys (keys * kv_heads * dim) below which the calls cost more than the sums: one padded call is then
 # faster than a call for each row of the batch. Above it a call for each row is, since it reads no padding.
 _SMALL_ROW = 32_768
-_HARMLESS = 1e15
 
 
 def ragged_attention_eager(
@@ -28,7 +27,7 @@ def ragged_attention_eager(
             tensor.unflatten(0, (batch, rectangular))[:, :longest].transpose(1, 2) for tensor in (key, value)
         )
         small = longest * key.shape[1] * dim <= _SMALL_ROW
-        if shortest == longest or (small and _harmless(keys, values, shortest)):
+        if shortest == longest or small:
             return attend_first(query, keys, values, length[:, None] - own, shortest - rows + 1, scale)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     for row, (first, count) in enumerate(zip(start.tolist(), lengths, strict=True)):
@@ -39,9 +38,3 @@ def ragged_attention_eager(
         output[row] = attend_first(query[row, None], keys, values, (count - own)[None], count - rows + 1, scale)[0]
     return output
 
-
-def _harmless(keys: Tensor, values: Tensor, shortest: int) -> bool:
-    """Whether a mask is enough to hide what lies beyond the shortest row: it is where 0 times it, and a logit of it,
-    are finite."""
-    norms = [torch.linalg.vector_norm(tensor[:, :, shortest:], dtype=torch.float32) for tensor in (keys, values)]
-    return bool(norms[0] + norms[1] < _HARMLESS)
