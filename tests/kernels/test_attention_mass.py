@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_tests import DEVICE, LargestTensor
 from sparsity_kernels.attention_mass import attention_mass, eager
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-IMPLS = ["eager", pytest.param("triton", marks=needs_triton)]
+IMPLS = ["eager", "triton"]
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 HEADS = ((2, 2), (7, 1), (8, 1), (14, 2))
 SHAPES = [(length, heads, kv_heads) for length in (1, 63, 111) for heads, kv_heads in HEADS]
@@ -262,19 +259,6 @@ def test_no_graph_without_a_gradient(impl):
         assert replace(given, query=given.query.requires_grad_()).mass(impl).grad_fn is None
 
 
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that an operation returns."""
-
-    size = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                self.size = max(self.size, tensor.untyped_storage().nbytes())
-        return result
-
-
 @every_impl
 def test_memory_is_linear_in_the_length(impl):
     largest = []
@@ -282,7 +266,7 @@ def test_memory_is_linear_in_the_length(impl):
         given = problem(length, 2, 1, torch.float16, dim=16, batch=1)
         with LargestTensor() as memory:
             given.gradients(torch.ones_like(given.valid, dtype=torch.float32), impl)
-        largest.append(memory.size)
+        largest.append(memory.nbytes)
     assert 0 < largest[1] < 3 * largest[0]
 
 
@@ -354,7 +338,6 @@ def test_what_does_not_fit_is_refused(change, message):
         attention_mass(**(arguments | change))
 
 
-@needs_triton
 @pytest.mark.parametrize(
     "dtype, dim, message", [(torch.float64, 64, "got .* float64"), (torch.float32, 8, "from 16 to 256, got 8")]
 )

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
+from kernel_tests import DEVICE, LargestTensor
 from sparsity_kernels import CapacityError, RaggedCache, compact
-from sparsity_kernels.backend import interpreted
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-no_triton = importlib.util.find_spec("triton") is None or (DEVICE == "cpu" and not interpreted())
-needs_triton = pytest.mark.skipif(no_triton, reason="no GPU and no Triton interpreter (TRITON_INTERPRET=1)")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(params=["eager", pytest.param("triton", marks=needs_triton)])
+@pytest.fixture(params=["eager", "triton"])
 def impl(request) -> str:
     return request.param
 
@@ -24,14 +19,6 @@ def impl(request) -> str:
 @pytest.fixture(params=["packed", "rectangular"])
 def layout(request) -> str:
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Memory from torch.empty comes filled with NaN or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def layer(batch: int, heads: int, length: int, dim: int, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,8 +102,7 @@ def test_any_strides_and_dims_that_are_no_power_of_two(impl, dtype, dim):
 def test_auto_is_packed_under_triton_and_rectangular_under_eager():
     assert small("eager").capacity == [3, 3]
     assert small("eager", "packed").capacity == [2, 3]
-    if not no_triton:
-        assert small("triton").capacity == [2, 3]
+    assert small("triton").capacity == [2, 3]
 
 
 def test_a_rectangular_cache_is_a_plain_padded_one(impl):
@@ -172,7 +158,6 @@ def test_appended_entries_lie_behind_those_of_their_row_and_nothing_moves(impl, 
         assert now[2].tolist() == [*old_slots.tolist(), -1, 70, 71, 72]
 
 
-@needs_triton
 @pytest.mark.parametrize("heads, dim", [(3, 80), (40, 128)])
 def test_triton_appends_what_eager_appends_for_any_heads(heads, dim):
     key, value, kept = layer(2, heads, 5, dim, torch.bfloat16)
@@ -282,19 +267,6 @@ def test_the_largest_tensor_grows_with_the_length_and_not_with_its_square(impl):
             compact(key, value, kept, impl=impl).select([0, 0])
         largest.append(watched.nbytes)
     assert largest[1] < 3 * largest[0]
-
-
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that an operation returns."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        for result in results if isinstance(results, tuple) else (results,):
-            if isinstance(result, Tensor):
-                self.nbytes = max(self.nbytes, result.nbytes)
-        return results
 
 
 def test_a_row_that_keeps_nothing_is_named(impl):

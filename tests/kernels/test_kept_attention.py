@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_tests import DEVICE, LargestTensor
 from sparsity_kernels.kept_attention import causal_attention, kept_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 SCALE = 0.3
 IMPLS = pytest.mark.parametrize("impl", ["eager", "triton"])
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """torch.empty gives NaN: what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def problem(rows, length, keys, heads, kv_heads, dim=32, dtype=torch.float32, order="random"):
@@ -208,19 +201,6 @@ def test_any_strides_but_the_last(impl):
     assert_right((query.nan_to_num(), key.nan_to_num(), value.nan_to_num(), index[:1].expand(2, -1), shared), impl)
 
 
-class _Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation returns."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        for result in results if isinstance(results, (tuple, list)) else (results,):
-            if isinstance(result, torch.Tensor):
-                self.nbytes = max(self.nbytes, result.nbytes)
-        return results
-
-
 @pytest.mark.parametrize("impl, size", [("eager", 1024), ("triton", 64)])
 def test_memory_grows_linearly(impl, size):
     largest = []
@@ -228,7 +208,7 @@ def test_memory_grows_linearly(impl, size):
         query, key, value = torch.randn(3, 1, 2, length, 16, device=DEVICE).unbind()
         index = torch.arange(length, device=DEVICE)[None]
         inputs = [tensor.requires_grad_() for tensor in (query, key[:, :1], value[:, :1])]
-        with _Largest() as mode:
+        with LargestTensor() as mode:
             kept_attention(*inputs, index, index + 1, SCALE, impl).sum().backward()
         largest.append(mode.nbytes)
     assert largest[1] < 3 * largest[0]

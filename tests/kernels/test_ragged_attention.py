@@ -6,19 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_tests import DEVICE
 from sparsity_kernels.ragged_attention import ragged_attention
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 SCALE = 0.3
 IMPLS = pytest.mark.parametrize("impl", ["eager", "triton"])
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """torch.empty gives NaN: what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def problem(lengths, rows=1, heads=14, kv_heads=2, dim=64, layout="packed", dtype=torch.float32):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from fractions import Fraction
 
@@ -11,13 +10,8 @@ import torch
 from brute_force import top_p_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_tests import DEVICE, LargestTensor
 from sparsity_kernels import keep_highest, top_p_count
-from sparsity_kernels.backend import interpreted
-from torch.utils._python_dispatch import TorchDispatchMode
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-no_triton = importlib.util.find_spec("triton") is None or (DEVICE == "cpu" and not interpreted())
-needs_triton = pytest.mark.skipif(no_triton, reason="no GPU and no Triton interpreter (TRITON_INTERPRET=1)")
 
 budgets = st.one_of(
     st.floats(2**-126, 1.0, width=32), st.sampled_from([2**-126, 0.5, 0.94, 0.975, 1 - 2**-24, 1.0])
@@ -44,17 +38,9 @@ any_ranks = st.lists(
 )
 
 
-@pytest.fixture(params=["eager", pytest.param("triton", marks=needs_triton)], scope="module")
+@pytest.fixture(params=["eager", "triton"], scope="module")
 def impl(request) -> str:
     return request.param
-
-
-@pytest.fixture
-def _poisoned_memory():
-    """Memory from torch.empty comes filled with NaN, True or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def examples(impl: str):
@@ -148,8 +134,7 @@ def test_long_rows_of_real_masses_reach_the_budget_to_the_last_token(impl):
         assert sum(members[: count - 1]) < target + slack
 
 
-@needs_triton
-@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("length", [1, 63, 111, 2047, 20_001, 65_536])
 def test_triton_finds_what_eager_finds_also_beyond_what_fits_into_registers(length):
     generator = torch.Generator().manual_seed(length)
@@ -170,7 +155,7 @@ def test_triton_finds_what_eager_finds_also_beyond_what_fits_into_registers(leng
         assert torch.equal(kept, keep_highest(rank, droppable, counts, "triton"))
 
 
-@pytest.mark.usefixtures("_poisoned_memory")
+@pytest.mark.usefixtures("poisoned_memory")
 def test_several_budgets_and_rows_give_what_each_gives_alone(impl):
     generator = torch.Generator().manual_seed(1)
     mass = torch.rand(3, 111, generator=generator).pow(4).to(DEVICE)
@@ -256,19 +241,6 @@ def test_memory_grows_with_the_length_and_not_with_its_square(impl):
             keep_highest(mass, all_of_them, counts, impl)
         largest.append(watched.nbytes)
     assert largest[1] < 3 * largest[0]
-
-
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that an operation returns."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        for result in results if isinstance(results, tuple) else (results,):
-            if isinstance(result, torch.Tensor):
-                self.nbytes = max(self.nbytes, result.nbytes)
-        return results
 
 
 @pytest.mark.parametrize(
