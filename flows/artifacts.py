@@ -35,7 +35,7 @@ def find_links(params: Params, root: Path) -> Links:
     )
 
 
-class Progress:
+class ProgressArtifact:
     """A bar over the stages of one flow run."""
 
     def __init__(self, total: int) -> None:

@@ -17,7 +17,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from pydantic import Field
 
-from flows.artifacts import Progress, find_links
+from flows.artifacts import ProgressArtifact, find_links
 from flows.base_model import base
 from flows.efficiency_report import report
 from flows.evaluate import evaluate
@@ -47,7 +47,7 @@ def pipeline(
         logger.info("everything is up to date: nothing to run")
         return {stage: "up to date" for stage in STAGES if stage in stages}
     chosen = [stage for stage in STAGES if stage in stages]
-    progress, outcomes = Progress(len(chosen)), {}
+    progress, outcomes = ProgressArtifact(len(chosen)), {}
     for stage in chosen:
         outcomes[stage] = RUN[stage](root)
         progress.advance(stage, outcomes[stage])

@@ -26,7 +26,7 @@ def main(port: Annotated[int, typer.Option(min=1, max=65535)] = 5000) -> None:
     except (ParamsError, TrackingError) as error:
         sys.exit(str(error))
     if "MLFLOW_TRACKING_URI" in os.environ:
-        print(f"MLflow runs at MLFLOW_TRACKING_URI: {tracker.experiment_url(tracker.uri)}")
+        print(f"MLflow runs at MLFLOW_TRACKING_URI: {tracker.experiment_url()}")
         return
     print(f"MLflow UI: {tracker.experiment_url(f'http://{HOST}:{port}')}", flush=True)
     artifacts = (tracker.root / "mlruns").as_uri()

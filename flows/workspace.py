@@ -16,6 +16,7 @@ from typing import Literal
 import yaml
 
 from sparsity_forcing.params import Params, ParamsError, load_params
+from sparsity_forcing.places import require_places
 
 Outcome = Literal["ran", "restored from cache", "up to date"]
 GRACE_SECONDS = 25  # Prefect kills a cancelled run after 30: training saves within this time
@@ -48,10 +49,12 @@ def check_workspace(root: Path) -> Params:
     """Validates params.yaml before anything runs.
 
     Raises:
-        ParamsError: params.yaml is not usable, or lacks a key that dvc.yaml depends on. (DVC notices that too, but
-            only after it has removed the outputs of the stage.)
+        ParamsError: params.yaml is not usable, names a model inside an output, or lacks a key that dvc.yaml depends on.
+            (DVC notices that too, but only after it has removed the outputs of the stage.)
     """
     params = load_params(root / "params.yaml")
+    for told in require_places(params, root):
+        print(told)
     given = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     needed = {name for stage in stages.values() for name in stage.get("params", [])}

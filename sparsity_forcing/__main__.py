@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from sparsity_forcing.params import Params, load_params
+from sparsity_forcing.places import require_places
 from sparsity_forcing.stages import STAGES
 
 Stage = Enum("Stage", {name: name for name in STAGES}, type=str)
@@ -32,6 +33,8 @@ def main(
     signal.signal(signal.SIGTERM, _stop)
     try:
         params = load_params(root / "params.yaml")
+        for told in require_places(params, root):
+            typer.echo(f"{stage.value}: {told}", err=True)
         set_environment(params, root)
         importlib.import_module(f"sparsity_forcing.stages.{stage.value}").run(params, root)
     except Exception as error:
@@ -71,7 +74,7 @@ def explains_itself(error: Exception) -> bool:
 
     Those that derive from ValueError, and a missing file, say that what was given is wrong.
     """
-    failed_write = isinstance(error, OSError) and hasattr(error, "__notes__")
+    failed_write = isinstance(error, OSError) and hasattr(error, "__notes__")  # `files` names the output in a note
     return failed_write or type(error).__module__.startswith("sparsity_forcing.")
 
 

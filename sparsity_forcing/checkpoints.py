@@ -1,7 +1,8 @@
 """Checkpoints of a long stage: whole or absent, verified when read, tied to what they belong to.
 
 `directory/<fingerprint>/step-000050/` holds what the stage wrote and `manifest.json` with the sha256 of every file. The
-fingerprint names everything that decides the stage's result: another configuration never resumes from it.
+fingerprint names everything that decides the stage's result: another configuration never resumes from it. Beside them
+`best-000045/` holds weights that the stage chose at a step; those that a kept checkpoint may name stay.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sparsity_forcing.files import replace_directory, write_json_atomic
@@ -40,34 +41,61 @@ class Checkpoints:
         if keep < 2:
             raise ValueError(f"keep must be at least 2, got {keep}: the newest may turn out corrupted")
         self.directory, self.keep = Path(directory) / fingerprint, keep
-        self.best = self.directory / "best"  # weights that a stage chose, beside the state it resumes from
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Lets ``write`` fill a temporary directory, seals it with a manifest and renames it; drops the oldest."""
-        path = self.directory / f"step-{step:06d}"
-        with replace_directory(path) as temporary:
-            write(temporary)
-            sums = {str(f.relative_to(temporary)): _sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
-            write_json_atomic(temporary / _MANIFEST, {"step": step, "sha256": sums})
-        for old in self._all()[: -self.keep]:
+        path = self._save("step", step, write)
+        for old in self._all("step")[: -self.keep]:
             shutil.rmtree(old)
+        oldest = _step(self._all("step")[0])
+        for superseded in [best for best in self._all("best") if _step(best) <= oldest][:-1]:
+            shutil.rmtree(superseded)
         return path
 
+    def save_best(self, step: int, write: Callable[[Path], None]) -> Path:
+        """As `save`, for the weights that the stage chose at ``step``."""
+        return self._save("best", step, write)
+
     def latest(self) -> tuple[int, Path] | None:
-        """Step and directory of the newest whole checkpoint. A corrupted one is named in the log and passed over."""
-        for path in reversed(self._all()):
+        """Step and directory of the newest whole checkpoint."""
+        return next(((_step(path), path) for path in self.whole()), None)
+
+    def whole(self) -> Iterator[Path]:
+        """The whole checkpoints, newest first. A corrupted one is named in the log and passed over."""
+        for path in reversed(self._all("step")):
             fault = _fault(path)
             if fault is None:
-                return int(path.name.removeprefix("step-")), path
-            _log.warning("checkpoint %s is corrupted (%s); falling back to the one before", path, fault)
+                yield path
+            else:
+                _log.warning("checkpoint %s is corrupted (%s); falling back to the one before", path, fault)
+
+    def best(self, step: int) -> Path | None:
+        """The directory that `save_best` wrote at ``step``; None, and why in the log, if it is missing or not whole."""
+        path = self.directory / f"best-{step:06d}"
+        fault = _fault(path)
+        if fault is None:
+            return path
+        _log.warning("the chosen weights %s are corrupted (%s)", path, fault)
         return None
 
     def clear(self) -> None:
         """Removes all checkpoints of the stage, those of other configurations too: the stage has its result."""
         shutil.rmtree(self.directory.parent, ignore_errors=True)
 
-    def _all(self) -> list[Path]:
-        return sorted(path for path in self.directory.glob("step-*") if path.is_dir())
+    def _save(self, kind: str, step: int, write: Callable[[Path], None]) -> Path:
+        path = self.directory / f"{kind}-{step:06d}"
+        with replace_directory(path) as temporary:
+            write(temporary)
+            sums = {str(f.relative_to(temporary)): _sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+            write_json_atomic(temporary / _MANIFEST, {"step": step, "sha256": sums})
+        return path
+
+    def _all(self, kind: str) -> list[Path]:
+        return sorted((path for path in self.directory.glob(f"{kind}-*") if path.is_dir()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.partition("-")[2])
 
 
 def _fault(path: Path) -> str | None:

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# How safetensors and torch say that a write failed; neither raises OSError then.
+_FAILED_WRITE = re.compile(r"\(os error \d+\)|inline_container\.cc|file write failed|iostream error")
+
+
+class WriteError(OSError):
+    """An output could not be written; the message says what the library said, a note names the output."""
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -21,16 +29,20 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def write_json_atomic(path: str | Path, value: object) -> None:
-    """Writes JSON as people and git like it: two spaces, sorted keys, a newline at the end.
+    """Writes `json_text` of ``value``, and raises as it does."""
+    write_text_atomic(path, json_text(value, path))
+
+
+def json_text(value: object, path: str | Path) -> str:
+    """JSON as people and git like it: two spaces, sorted keys, a newline at the end; ``path`` is where it will go.
 
     Raises:
         ValueError: a number is NaN or infinite, which JSON cannot hold.
     """
     try:
-        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+        return json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError as error:
         raise ValueError(f"{path} cannot be written as JSON: {error}") from None
-    write_text_atomic(path, text + "\n")
 
 
 @contextmanager
@@ -38,18 +50,19 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path with the same suffix; on success what was written there becomes ``path``.
 
     On any error the temporary file is removed and the old ``path`` stays as it was. One writer per path at a time.
+
+    Raises:
+        OSError: it could not be written (a full disk), whatever the library that wrote raises for that.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.new.tmp{path.suffix}")  # a killed run's is taken over by the next
     temporary.unlink(missing_ok=True)
     try:
-        yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-    except BaseException as error:
-        _note_place(error, path)
-        raise
+        with _named_when_it_fails(path):
+            yield temporary
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -59,6 +72,9 @@ def replace_directory(path: str | Path) -> Iterator[Path]:
     """Yields an empty temporary directory beside ``path``; on success it becomes ``path``, with all that is in it.
 
     On any error it is removed and the old ``path`` stays as it was. One writer per path at a time.
+
+    Raises:
+        OSError: as `replace_file`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,22 +84,20 @@ def replace_directory(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     try:
-        new.mkdir()
-        yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                _flush_to_disk(file)
-        if path.exists():  # rename(2) does not replace a directory that holds something
-            os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-    except BaseException as error:
-        _note_place(error, path)
-        raise
+        with _named_when_it_fails(path):
+            new.mkdir()
+            yield new
+            for file in new.rglob("*"):
+                if file.is_file():
+                    _flush_to_disk(file)
+            if path.exists():  # rename(2) does not replace a directory that holds something
+                os.replace(path, old)
+            try:
+                os.replace(new, path)
+            except OSError:
+                if old.exists():
+                    os.replace(old, path)
+                raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if path.exists():
@@ -95,8 +109,21 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _note_place(error: BaseException, path: Path) -> None:
-    """A full disk raises without a file name: say which output it hit."""
-    if isinstance(error, OSError):
-        state = "is as it was before" if path.exists() else "was not written"
-        error.add_note(f"while writing {path}, which {state}")
+@contextmanager
+def _named_when_it_fails(path: Path) -> Iterator[None]:
+    """A full disk raises without a file name, and not always OSError: say which output it hit, and that it was that."""
+    try:
+        yield
+    except OSError as error:
+        error.add_note(_outcome(path))
+        raise
+    except Exception as error:
+        if not _FAILED_WRITE.search(str(error)):
+            raise
+        failed = WriteError(f"a write failed, as on a full disk ({str(error).splitlines()[0]})")
+        failed.add_note(_outcome(path))
+        raise failed from error
+
+
+def _outcome(path: Path) -> str:
+    return f"while writing {path}, which {'is as it was before' if path.exists() else 'was not written'}"

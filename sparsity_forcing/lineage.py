@@ -3,10 +3,13 @@ the machine."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,7 @@ PACKAGES = (
 
 
 class LineageError(ValueError):
-    """dvc.yaml or dvc.lock cannot be read."""
+    """dvc.yaml cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,13 @@ class GitState:
 @dataclass(frozen=True)
 class Lineage:
     git: GitState
-    data: dict[str, str]  # path of a DVC output -> md5
+    data: dict[str, str]  # path of what a stage read -> md5
     versions: dict[str, str]  # package -> version
 
 
-def read_lineage(root: Path) -> Lineage:
-    """All of it, for the workspace at ``root``."""
-    return Lineage(git_state(root), output_md5s(root), versions())
+def read_lineage(root: Path, stage: str) -> Lineage:
+    """All of it, for what ``stage`` makes in the workspace at ``root``."""
+    return Lineage(git_state(root), input_md5s(root, stage), versions())
 
 
 def git_state(root: Path) -> GitState:
@@ -52,32 +55,67 @@ def git_state(root: Path) -> GitState:
     return GitState(commit, dirty=changes != "")
 
 
-def output_md5s(root: Path) -> dict[str, str]:
-    """Path -> md5 of every output in dvc.lock; empty before the first run."""
-    stages = _read_yaml(root / "dvc.lock").get("stages", {})
-    return {
-        out["path"]: out.get("md5") or out.get("hash", "unknown")
-        for stage in stages.values()
-        for out in stage.get("outs", [])
-    }
-
-
 def input_md5s(root: Path, stage: str) -> dict[str, str]:
-    """Path -> md5 of what ``stage`` reads that another stage wrote: its dependencies in dvc.yaml, as in dvc.lock."""
-    declared = _read_yaml(root / "dvc.yaml").get("stages", {}).get(stage, {}).get("deps", [])
-    known = output_md5s(root)
-    return {path: known[path] for path in declared if path in known}
+    """Path -> md5 of what ``stage`` reads that another stage wrote, by dvc.yaml.
+
+    The md5s are of what lies there now, and those that dvc.lock gets for the same content: dvc.lock itself still holds
+    those of the run before while a stage runs.
+    """
+    stages = _read_yaml(root / "dvc.yaml").get("stages", {})
+    written = {
+        next(iter(out)) if isinstance(out, dict) else out
+        for declared in stages.values()
+        for kind in ("outs", "metrics", "plots")
+        for out in declared.get(kind, [])
+    }
+    read = [path for path in stages.get(stage, {}).get("deps", []) if path in written]
+    return {path: dvc_md5(root / path) for path in read if (root / path).exists()}
 
 
-def versions() -> dict[str, str]:
-    """Python's version and those of the packages that are installed, of the ones that matter for a result."""
+def dvc_md5(path: Path) -> str:
+    """The md5 that DVC knows a file by, or a directory: the md5 of a JSON list of its files and their md5s, `.dir`."""
+    if path.is_file():
+        return file_digest(path, "md5")
+    files = sorted((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.relative_to(path).parts)
+    entries = [{"md5": file_digest(file, "md5"), "relpath": file.relative_to(path).as_posix()} for file in files]
+    return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Python's version and those of ``packages``, of the ones that are installed."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def code_digest(paths: Sequence[Path | str]) -> str:
+    """SHA-256 over the names and the content of source files: changes when the code does, wherever it is installed.
+
+    Args:
+        paths: modules or packages (folders, with all below them), by their path below this package (``rl``,
+            ``scoring.py``) or by an absolute one.
+
+    Raises:
+        FileNotFoundError: one of them is not there.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent / path for path in paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is named as code that decides a result, but is not there")
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(f"{file.relative_to(path.parent).as_posix()}\0".encode())
+            digest.update(file_digest(file, "sha256").encode())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    """Digest of a file's content in hexadecimal digits; ``algorithm`` as in `hashlib`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def hardware() -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Budget = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
@@ -25,6 +25,20 @@ RankBy = Literal["normalized", "raw"]
 ScoringRows = Literal["text", "probe", "all"]
 PrefillKind = Literal["suffix", "sparse", "dense"]
 Impl = Literal["auto", "eager", "triton"]
+Task = Literal["read", "count", "sum"]
+Grid = Annotated[int, Field(ge=3, le=64)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator in use takes
+COLOURED_DIGITS = 4  # on a canvas of the digits source
+
+
+def _non_empty_unique(values: tuple) -> tuple:
+    if not values or len(set(values)) != len(values):
+        raise ValueError("needs at least one entry and no entry twice")
+    return values
+
+
+Item = TypeVar("Item")
+NonEmptyUnique = Annotated[tuple[Item, ...], AfterValidator(_non_empty_unique)]
 
 
 class ParamsError(ValueError):
@@ -48,18 +62,20 @@ class SparsityParams(_Section):
     protect_last: Positive = 1
     probe_recent: Positive = 64
     probe_random: NonNegative = 64
-    probe_seed: NonNegative = 0
+    probe_seed: Seed = 0
     impl: Impl = "auto"
 
 
-def _require_room(grids: tuple[int, ...], coloured: int, grey_share: float, clutter_share: float) -> None:
-    """A canvas holds its coloured and grey digits and its clutter."""
+def _require_room(
+    grids: tuple[int, ...], coloured: int, grey_share: float, clutter_share: float, what: str = ""
+) -> None:
+    """A canvas holds its coloured and grey digits and its clutter; ``what`` opens the message if it does not."""
     for grid in grids:
         cells = grid * grid
         taken = coloured + round(grey_share * cells) + round(clutter_share * cells)
         if taken > cells:
             raise ValueError(
-                f"a {grid}x{grid} grid has {cells} cells, too few for {taken}: {coloured} coloured digits, "
+                f"{what}a {grid}x{grid} grid has {cells} cells, too few for {taken}: {coloured} coloured digits, "
                 f"grey_share {grey_share} and clutter_share {clutter_share}; lower a share or take a larger grid"
             )
 
@@ -67,31 +83,30 @@ def _require_room(grids: tuple[int, ...], coloured: int, grey_share: float, clut
 class DigitsParams(_Section):
     """The embedded source: splits of rendered questions, the same share of every task and grid."""
 
-    grids: tuple[Annotated[int, Field(ge=3, le=64)], ...] = (8, 12)
-    tasks: tuple[Literal["read", "count", "sum"], ...] = ("read", "count", "sum")
+    grids: NonEmptyUnique[Grid] = (8, 12)
+    tasks: NonEmptyUnique[Task] = ("read", "count", "sum")
     train_rows: Positive = 4096
     validation_rows: Positive = 384
     test_rows: Positive = 2400
     grey_share: Share = 0.1
     clutter_share: Share = 0.16
 
-    @field_validator("grids", "tasks")
-    @classmethod
-    def _not_empty(cls, value: tuple) -> tuple:
-        if not value or len(set(value)) != len(value):
-            raise ValueError("needs at least one entry and no entry twice")
-        return value
-
     @model_validator(mode="after")
     def _room_for_coloured_digits(self) -> Self:
-        _require_room(self.grids, 4, self.grey_share, self.clutter_share)
+        self.require_room(self.grids)
         return self
+
+    def require_room(self, grids: tuple[int, ...], what: str = "") -> None:
+        """Raises ValueError, opening with ``what``, unless a canvas of each of ``grids`` holds what is drawn on it."""
+        _require_room(grids, COLOURED_DIGITS, self.grey_share, self.clutter_share, what)
 
 
 class UserDataParams(_Section):
-    """The user's own rows: one file, split by a seeded hash of the row id unless the rows name their split.
+    """The user's own rows: one file below user_data/, which is the folder that DVC watches.
 
-    ``tasks``: the task names that are allowed; empty allows any. A video gives at most ``max_video_frames`` images.
+    Rows that name no split are split by a seeded hash of their images (of the row id where there are none), so that all
+    questions about one image are in one split. ``tasks``: the task names that are allowed; empty allows any. A video
+    gives at most ``max_video_frames`` images.
     """
 
     path: Path | None = None
@@ -142,6 +157,11 @@ class ScratchModel(_Section):
             raise ValueError(f"hidden_size / heads must be a multiple of 16, got {self.hidden_size} / {self.heads}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        if self.vision_hidden_size % (4 * self.vision_heads):  # rotary angles of rows and columns, in pairs
+            raise ValueError(
+                f"vision_hidden_size must be a multiple of 4 * vision_heads, got {self.vision_hidden_size} and "
+                f"{self.vision_heads} heads"
+            )
         return self
 
 
@@ -150,11 +170,11 @@ class Phase(_Section):
 
     steps: Positive
     batch_size: Positive = 32
-    grids: tuple[Annotated[int, Field(ge=3, le=64)], ...] = (8,)
-    tasks: tuple[Literal["read", "count", "sum"], ...] = ("read", "count", "sum")
+    grids: NonEmptyUnique[Grid] = (8,)
+    tasks: NonEmptyUnique[Task] = ("read", "count", "sum")
     grey_share: Share = 0.1
     clutter_share: Share = 0.16
-    coloured: Annotated[int, Field(ge=2)] = 4
+    coloured: Annotated[int, Field(ge=2)] = COLOURED_DIGITS
 
     @model_validator(mode="after")
     def _room_for_coloured_digits(self) -> Self:
@@ -163,7 +183,10 @@ class Phase(_Section):
 
 
 class ModelParams(_Section):
-    """``name``: `scratch`, a hub id or a local `save_pretrained` directory."""
+    """``name``: `scratch`, a hub id, or a `save_pretrained` directory below user_models/, the folder that DVC watches.
+
+    The model trained from scratch is validated on the grids, tasks and shares of the last phase of its curriculum.
+    """
 
     name: str = Field(default="scratch", min_length=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -182,29 +205,41 @@ class ModelParams(_Section):
             raise ValueError("name 'scratch' needs a curriculum with at least one phase")
         return self
 
+    @model_validator(mode="after")
+    def _last_phase_can_be_validated(self) -> Self:
+        if self.name == "scratch":
+            last = self.curriculum[-1]
+            what = "the model is validated on the last phase of the curriculum, with all coloured digits: "
+            _require_room(last.grids, COLOURED_DIGITS, last.grey_share, last.clutter_share, what)
+        return self
+
 
 class ProfileParams(_Section):
     """``rows``: questions per setting. ``grids`` are the prompt lengths of the digits source; the user's own rows are
     taken in thirds by length.
     """
 
-    budgets: tuple[Budget, ...] = (0.5, 0.7, 0.8, 0.9, 0.94, 0.975, 1.0)
-    scoring_rows: tuple[ScoringRows, ...] = ("text", "probe", "all")
-    grids: tuple[Annotated[int, Field(ge=3, le=64)], ...] = (6, 8, 12)
+    budgets: NonEmptyUnique[Budget] = (0.5, 0.7, 0.8, 0.9, 0.94, 0.975, 1.0)
+    scoring_rows: NonEmptyUnique[ScoringRows] = ("text", "probe", "all")
+    grids: NonEmptyUnique[Grid] = (6, 8, 12)
     rows: Positive = 96
     batch_size: Positive = 48
     max_new_tokens: Positive = 16
 
 
 class RewardParams(_Section):
-    """r = correct + C * (1 - tau); ``correct`` is a reward by name or ``module:function``."""
+    """r = correct + weight_efficiency * C * (1 - tau), C = 1 for a group in which any rollout is right.
+
+    ``correct``: a score function of `sparsity_forcing.scoring` by name (exact_match, numeric, multiple_choice, relaxed,
+    anls) or ``module:function``.
+    """
 
     correct: str = Field(default="exact_match", min_length=1)
     weight_efficiency: NonNegativeFloat = 1.0
 
 
 class SelectionPolicyParams(_Section):
-    """The stochastic selection term. ``sigma`` 0 is the literal objective of the paper.
+    """The stochastic selection term, an addition to the paper; ``sigma`` 0 leaves it out.
 
     ``credit``: what judges a layer's selection. ``joint``: the rollout's reward, as its tokens are. ``layer``: the
     same reward with the layer's own ratio in the place of the mean over layers, so that a layer is not paid for what
@@ -216,17 +251,42 @@ class SelectionPolicyParams(_Section):
     credit: Literal["layer", "joint"] = "layer"
 
 
+class LoraParams(_Section):
+    """Low-rank adapters on the decoder instead of all its weights; the reference is the model without them.
+
+    ``targets``: names of the linear layers that get one. ``alpha`` / ``r`` scales them. They are merged at the end.
+    """
+
+    r: Positive = 16
+    alpha: PositiveFloat = 32.0
+    targets: NonEmptyUnique[str] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
 class TrainParams(_Section):
     """The GRPO stage; names follow TRL where it has one.
 
+    The literal objective of the paper is ``selection_policy.sigma: 0`` *and* ``center_by_budget: false``; all other
+    defaults are settings that the paper leaves open (its clip range, beta, learning rate, lengths are not published).
+
+    One step: ``prompts_per_step`` prompts, ``num_generations`` rollouts each, ``num_iterations`` updates on them
+    (``warmup_steps`` counts updates). ``skip_all_wrong`` and ``mask_truncated_completions`` leave rollouts out of the
+    loss: those of groups without a right answer, those that ran into ``max_completion_length``.
+
+    Memory, without a change of the objective: ``micro_batch_prompts`` prompts share a backward pass and
+    ``rollout_prompts`` a rollout (null: all of a process; noise is drawn for the prompts that are rolled out together);
+    ``logits_chunk`` tokens have their logits at a time (null: all); ``gradient_checkpointing`` computes the decoder's
+    activations again in the backward pass; ``lora`` trains adapters.
+
     ``accuracy_guard``: the policy handed back is that of the validated step which keeps the fewest tokens among those
-    whose accuracy at the deployment budget is at most this much below the start's.
+    whose accuracy at the deployment budget is at most this much below the start's. ``stop_below_guard``: so many
+    validations in a row below it end the training; 0 never.
     """
 
     steps: Positive = 350
     prompts_per_step: Positive = 8
     num_generations: Annotated[int, Field(ge=2)] = 8
-    budgets: tuple[Budget, ...] = (0.94, 0.945, 0.95, 0.955, 0.96, 0.965, 0.97, 0.975)
+    num_iterations: Positive = 1
+    budgets: NonEmptyUnique[Budget] = (0.94, 0.945, 0.95, 0.955, 0.96, 0.965, 0.97, 0.975)
     learning_rate: PositiveFloat = 5e-4
     warmup_steps: NonNegative = 10
     lr_scheduler_type: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
@@ -238,16 +298,25 @@ class TrainParams(_Section):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     center_by_budget: bool = True
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    skip_all_wrong: bool = False
+    mask_truncated_completions: bool = False
     temperature: PositiveFloat = 1.0
     max_completion_length: Positive = 16
     reward: RewardParams = RewardParams()
     selection_policy: SelectionPolicyParams = SelectionPolicyParams()
     freeze_vision: bool = True
+    lora: LoraParams | None = None
+    rollout_prompts: Positive | None = None
+    micro_batch_prompts: Positive | None = None
+    logits_chunk: Positive | None = None
+    gradient_checkpointing: bool = False
     checkpoint_every: Positive = 50
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     validate_every: Positive = 25
     validation_rows: Positive = 384
+    validation_batch_size: Positive = 48
     accuracy_guard: Share = 0.01
+    stop_below_guard: NonNegative = 0
     log_samples_every: Positive = 50
 
     @model_validator(mode="after")
@@ -259,13 +328,28 @@ class TrainParams(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _lora_trains_the_decoder(self) -> Self:
+        if self.lora is not None and not self.freeze_vision:
+            raise ValueError("lora trains adapters of the decoder: set freeze_vision to true, or leave lora out")
+        return self
+
+
+class Baseline(_Section):
+    """A rule at a budget that both checkpoints are evaluated with beside the deployed one: what training is worth is
+    seen against what another rule or budget gives without it."""
+
+    rule: Rule = "top_p"
+    p: Budget
+
 
 class EvaluateParams(_Section):
     """``workers``: processes at a time, one per checkpoint; 1 where two models do not fit the device.
     ``limit``: questions per task, the first ones; all where null.
     """
 
-    budgets: tuple[Budget, ...] = (0.94, 0.975)
+    budgets: NonEmptyUnique[Budget] = (0.94, 0.975)
+    baselines: tuple[Baseline, ...] = ()
     workers: Positive = 2
     batch_size: Positive = 64
     max_new_tokens: Positive = 16
@@ -278,7 +362,7 @@ class ReportParams(_Section):
 
     examples: NonNegative = 3
     kept_rows: Positive = 96
-    decode_grids: tuple[Annotated[int, Field(ge=3, le=64)], ...] = (8, 12, 24)
+    decode_grids: NonEmptyUnique[Grid] = (8, 12, 24)
     decode_batch_size: Positive = 4
     decode_tokens: Annotated[int, Field(ge=2)] = 32
     decode_repetitions: Positive = 7
@@ -294,7 +378,7 @@ class Params(_Section):
     """Every parameter of the pipeline."""
 
     preset: str = "digits"
-    seed: NonNegative = 0
+    seed: Seed = 0
     data: DataParams = DataParams()
     model: ModelParams
     sparsity: SparsityParams = SparsityParams()
@@ -311,6 +395,23 @@ class Params(_Section):
                 f"evaluate.budgets {list(self.evaluate.budgets)} must hold the deployment budget sparsity.p = "
                 f"{self.sparsity.p}: the headline is measured at it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _no_row_is_evaluated_twice(self) -> Self:
+        rows = [(self.sparsity.rule, p) for p in self.evaluate.budgets]
+        for baseline in self.evaluate.baselines:
+            if (row := (baseline.rule, baseline.p)) in rows:
+                raise ValueError(f"evaluate.baselines: {row[0]} at p = {row[1]} is evaluated already; name it once")
+            rows.append(row)
+        return self
+
+    @model_validator(mode="after")
+    def _grids_hold_what_is_drawn_on_them(self) -> Self:
+        if self.data.source == "digits":
+            with_shares = "drawn with the shares of data.digits, "
+            self.data.digits.require_room(self.profile.grids, f"profile.grids: {with_shares}")
+            self.data.digits.require_room(self.report.decode_grids, f"report.decode_grids: {with_shares}")
         return self
 
 

@@ -8,11 +8,13 @@ no function here asks whether the answer occurs *somewhere* in the prediction: a
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import re
 import unicodedata
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 
 ScoreFunction = Callable[[str, str], float]
 
@@ -88,7 +90,7 @@ def score_function(name: str) -> ScoreFunction:
     What is returned gives an empty prediction 0 and checks that every score is in 0-1.
 
     Raises:
-        ScoreError: no such function; also, when called, if it returns anything but a finite number in 0-1.
+        ScoreError: no such function; also, when called, if it raises, or returns anything but a finite number in 0-1.
     """
     if ":" not in name and name not in SCORE_FUNCTIONS:
         raise ScoreError(f"score function {name!r} is unknown: one of {sorted(SCORE_FUNCTIONS)} or 'module:function'")
@@ -98,12 +100,32 @@ def score_function(name: str) -> ScoreFunction:
     def scored(prediction: str, answer: str) -> float:
         if not prediction.strip():
             return 0.0
-        score = function(prediction, answer)
+        try:
+            score = function(prediction, answer)
+        except Exception as error:
+            raise ScoreError(
+                f"score function {name!r} raised {type(error).__name__}: {error}, for the prediction {prediction!r} "
+                f"and the answer {answer!r}"
+            ) from error
         if isinstance(score, bool | int | float) and 0.0 <= score <= 1.0:
             return float(score)
         raise ScoreError(f"score function {name!r} returned {score!r} for {prediction!r}; a score is a number in 0-1")
 
     return scored
+
+
+def score_source(name: str) -> Path | None:
+    """The source file of the user's own score function ``module:function``; None for one of this module.
+
+    Raises:
+        ScoreError: there is no such function.
+    """
+    if name in SCORE_FUNCTIONS:
+        return None
+    try:
+        return Path(inspect.getsourcefile(inspect.unwrap(score_function(name))))
+    except TypeError:  # not written in Python
+        return None
 
 
 def _imported(name: str) -> ScoreFunction:

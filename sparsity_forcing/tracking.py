@@ -1,8 +1,9 @@
 """The one place that knows MLflow: runs, metrics, tables, datasets, the model registry, the link to a comparison.
 
 Runs are flat (the charts page hides nested ones). Every run carries its stage, the git commit and the md5s of what the
-stage read, so that a number in the UI can be traced to the code and data that made it. The store is ``mlflow.db`` in
-the workspace, or the server that ``MLFLOW_TRACKING_URI`` names.
+stage read, so that a number in the UI can be traced to the code and data that made it, and which execution of the stage
+it belongs to, so that the rows of one evaluation can be told from those of another. The store is ``mlflow.db`` in the
+workspace, or the server that ``MLFLOW_TRACKING_URI`` names.
 """
 
 from __future__ import annotations
@@ -10,22 +11,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
-from sparsity_forcing.lineage import git_state, input_md5s
+from sparsity_forcing.lineage import file_digest, git_state, input_md5s
 from sparsity_forcing.params import TrackingParams
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
+    from mlflow.entities import Run as StoredRun
 
 DEFAULT_UI = "http://127.0.0.1:5000"
+EXECUTION, HOST, PID, WORKSPACE = "execution", "host", "pid", "workspace"  # tags: which execution of a stage, and where
 
 
 class TrackingError(RuntimeError):
@@ -65,20 +70,22 @@ class Run:
         with warnings.catch_warnings():  # MLflow registers its source for local files twice and warns of the choice
             warnings.simplefilter("ignore", UserWarning)
             dataset = mlflow.data.from_pandas(
-                _flat_columns(path), source=path.resolve().as_uri(), name=name, digest=_md5(path)
+                _flat_columns(path), source=path.resolve().as_uri(), name=name, digest=file_digest(path, "md5")
             )
         given = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", split)])
         self._client.log_inputs(self.run_id, datasets=[given])
 
 
 class Tracker:
-    """The store of one workspace. Creates the experiment on first use."""
+    """The store of one workspace, for one execution of a stage. Creates the experiment on first use."""
 
     def __init__(self, params: TrackingParams, root: Path) -> None:
         from mlflow import MlflowClient
 
         self.params, self.root = params, Path(root).resolve()
         self.uri = tracking_uri(self.root)
+        self._execution = uuid.uuid4().hex
+        self._tags: dict[str, dict[str, str]] = {}  # by stage: its inputs may be large, and are digested once
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # it announces every migration
         with _store_errors(self.uri):
             self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
@@ -94,11 +101,14 @@ class Tracker:
     ) -> Iterator[Run]:
         """A run that ends as FINISHED, as FAILED after an exception, as KILLED when the process is asked to stop.
 
+        What a process that was killed outright left running in this workspace ends as KILLED here.
+
         ``params`` are the few values that vary between runs, ``tags`` the constants.
         """
         from mlflow.entities import Param
 
         with _store_errors(self.uri):
+            self._end_orphans(stage)
             created = self._client.create_run(
                 self.experiment_id, run_name=name, tags=self._lineage_tags(stage) | _strings(tags)
             )
@@ -113,26 +123,30 @@ class Tracker:
             status = "KILLED"
             raise
         finally:
-            self._client.set_terminated(run_id, status)
+            with _store_errors(self.uri):
+                self._client.set_terminated(run_id, status)
 
     def latest_runs(self, stage: str) -> list[str]:
-        """Ids of the newest finished run of every name in ``stage``, in the order they were started."""
+        """Ids of the finished runs of the newest execution of ``stage``, in the order they were started."""
+        finished = f"tags.stage = '{stage}' and attributes.status = 'FINISHED'"
         with _store_errors(self.uri):
-            runs = self._client.search_runs(
-                [self.experiment_id],
-                filter_string=f"tags.stage = '{stage}' and attributes.status = 'FINISHED'",
-                order_by=["attributes.start_time ASC"],
-            )
-        return list({run.info.run_name: run.info.run_id for run in runs}.values())
+            newest = next(self._search(finished, page=1), None)
+            if newest is None:
+                return []
+            execution = newest.data.tags.get(EXECUTION)
+            runs = self._search(f"{finished} and tags.{EXECUTION} = '{execution}'") if execution else [newest]
+            return [run.info.run_id for run in runs][::-1]
 
-    def compare_url(self, run_ids: Sequence[str], ui: str = DEFAULT_UI) -> str:
-        """Opens the comparison (parallel coordinates, scatter) of these runs in the MLflow UI."""
+    def compare_url(self, run_ids: Sequence[str], ui: str | None = None) -> str:
+        """Opens the comparison (parallel coordinates, scatter) of these runs in the MLflow UI at ``ui``, by default the
+        server that holds them, or where `make ui` serves them.
+        """
         chosen = (quote(json.dumps(list(ids))) for ids in (run_ids, [self.experiment_id]))
-        return "{}/#/compare-runs?runs={}&experiments={}".format(ui, *chosen)
+        return "{}/#/compare-runs?runs={}&experiments={}".format(ui or ui_of(self.uri), *chosen)
 
-    def experiment_url(self, ui: str = DEFAULT_UI) -> str:
-        """Opens the experiment of this workspace in the MLflow UI."""
-        return f"{ui}/#/experiments/{self.experiment_id}"
+    def experiment_url(self, ui: str | None = None) -> str:
+        """Opens the experiment of this workspace in the MLflow UI; ``ui`` as in `compare_url`."""
+        return f"{ui or ui_of(self.uri)}/#/experiments/{self.experiment_id}"
 
     def register_policy(self, directory: str | Path, run_id: str, metrics: Mapping[str, float]) -> str:
         """Registers a `save_pretrained` directory as the next version of the model and moves the alias to it.
@@ -158,6 +172,26 @@ class Tracker:
             ).version
             self._client.set_registered_model_alias(name, self.params.alias, version)
         return str(version)
+
+    def _search(self, filter_string: str, page: int = 1000) -> Iterator[StoredRun]:
+        """Runs of the experiment, the newest first, however many there are."""
+        token = None
+        while True:
+            found = self._client.search_runs(
+                [self.experiment_id], filter_string, max_results=page, order_by=["start_time DESC"], page_token=token
+            )
+            yield from found
+            token = found.token
+            if not token:
+                return
+
+    def _end_orphans(self, stage: str) -> None:
+        """Ends the runs of ``stage`` in this workspace whose process is gone without having said so."""
+        for run in self._search(f"tags.stage = '{stage}' and attributes.status = 'RUNNING'"):
+            tags = run.data.tags
+            here = tags.get(HOST) == socket.gethostname() and tags.get(WORKSPACE) == str(self.root)
+            if here and not _is_alive(int(tags[PID])):
+                self._client.set_terminated(run.info.run_id, "KILLED")
 
     def _experiment(self) -> str:
         from mlflow.exceptions import MlflowException
@@ -189,14 +223,36 @@ class Tracker:
                 raise
 
     def _lineage_tags(self, stage: str) -> dict[str, str]:
-        git = git_state(self.root)
-        data = {f"dvc.{path}.md5": md5 for path, md5 in input_md5s(self.root, stage).items()}
-        return {"stage": stage, "git.commit": git.commit, "git.dirty": str(git.dirty).lower()} | data
+        if stage not in self._tags:
+            git = git_state(self.root)
+            code = {"stage": stage, "git.commit": git.commit, "git.dirty": str(git.dirty).lower()}
+            where = {HOST: socket.gethostname(), PID: str(os.getpid()), WORKSPACE: str(self.root)}
+            data = {f"dvc.{path}.md5": md5 for path, md5 in input_md5s(self.root, stage).items()}
+            self._tags[stage] = code | where | {EXECUTION: self._execution} | data
+        return self._tags[stage]
 
 
 def tracking_uri(root: Path) -> str:
     """``MLFLOW_TRACKING_URI``, or the SQLite file of the workspace."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(root).resolve() / 'mlflow.db'}"
+
+
+def ui_of(uri: str) -> str:
+    """Where the runs of the store ``uri`` are looked at: a server shows its own. A password in ``uri`` is left out."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return DEFAULT_UI
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 @contextmanager
@@ -218,6 +274,10 @@ def _store_errors(uri: str) -> Iterator[None]:
             raise TrackingError(
                 f"MLflow's database {uri} is damaged; move the file away and start again: a new one is created"
             ) from error
+        if "database or disk is full" in reason or "disk I/O error" in reason:
+            raise TrackingError(
+                f"MLflow's database {uri} cannot be written ({reason.splitlines()[0]}); is the disk full?"
+            ) from error
         if "Max retries exceeded" in reason or "Connection refused" in reason:
             raise TrackingError(
                 f"the MLflow server {uri} does not answer; start it, or unset MLFLOW_TRACKING_URI to use the "
@@ -238,10 +298,3 @@ def _flat_columns(path: Path) -> pd.DataFrame:
     schema = pq.read_schema(path)
     flat = [field.name for field in schema if not types.is_nested(field.type) and not types.is_binary(field.type)]
     return pq.read_table(path, columns=flat).to_pandas()
-
-
-def _md5(path: Path) -> str:
-    import hashlib
-
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()

@@ -120,6 +120,37 @@ def test_another_configuration_does_not_see_them_but_clears_them(tmp_path, check
     assert not (tmp_path / "checkpoints").exists()
 
 
+def weights(directory: Path) -> None:
+    (directory / "weights").mkdir()
+    (directory / "weights" / "model.bin").write_text("chosen")
+
+
+def test_chosen_weights_are_found_by_their_step(checkpoints):
+    path = checkpoints.save_best(45, weights)
+    assert path.name == "best-000045"
+    assert checkpoints.best(45) == path
+    assert checkpoints.latest() is None  # nothing to resume from
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_one_bit, lose_the_manifest])
+def test_damaged_chosen_weights_are_named_and_not_given(checkpoints, caplog, damage):
+    damage(checkpoints.save_best(45, weights))
+    assert checkpoints.best(45) is None
+    assert "best-000045 are corrupted" in caplog.text
+
+
+def test_chosen_weights_stay_as_long_as_a_checkpoint_may_name_them(checkpoints):
+    for step in (5, 10, 15):  # each checkpoint names the newest of its time
+        checkpoints.save_best(step - 2, weights)
+        save(checkpoints, step)
+    checkpoints.save_best(16, weights)
+    assert checkpoints.best(3) is None
+    assert all(checkpoints.best(step) for step in (8, 13, 16))
+    save(checkpoints, 20)
+    assert checkpoints.best(8) is None
+    assert all(checkpoints.best(step) for step in (13, 16))
+
+
 def test_fewer_than_two_are_refused(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 2, got 1"):
         Checkpoints(tmp_path, "abc", keep=1)

@@ -8,8 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from full_disk import files_at_most
+from safetensors.torch import save_file
 
-from sparsity_forcing.files import replace_directory, replace_file, write_json_atomic, write_text_atomic
+from sparsity_forcing.files import WriteError, replace_directory, replace_file, write_json_atomic, write_text_atomic
 
 
 def half_write(replacement, write, error: Exception) -> None:
@@ -85,6 +88,35 @@ def test_directory_survives_a_full_disk(tmp_path):
     assert (path / "weights").read_text() == "old"
     assert "is as it was before" in caught.value.__notes__[0]
     assert leftovers(tmp_path) == []
+
+
+def save_torch(tensors: dict, path: Path) -> None:
+    torch.save(tensors, path)
+
+
+@pytest.mark.parametrize("save", [save_file, save_torch])
+@pytest.mark.parametrize("replace", [replace_file, replace_directory])
+def test_a_disk_that_is_full_of_weights_is_an_os_error_too(tmp_path, save, replace):
+    """safetensors and torch raise errors of their own for it."""
+
+    def write(place: Path) -> None:
+        save({"weights": torch.zeros(100_000)}, place / "weights" if place.is_dir() else place)
+
+    with (
+        files_at_most(10_000),
+        pytest.raises(WriteError, match="as on a full disk") as caught,
+        replace(tmp_path / "x") as new,
+    ):
+        write(new)
+    assert caught.value.__notes__ == [f"while writing {tmp_path / 'x'}, which was not written"]
+    assert caught.value.__cause__ is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^a bug$") as caught:
+        half_write(replace_file(tmp_path / "x"), lambda temporary: None, RuntimeError("a bug"))
+    assert not hasattr(caught.value, "__notes__")
 
 
 @pytest.mark.parametrize("killed_at_rename", [1, 2])

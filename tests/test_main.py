@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from sparsity_forcing.__main__ import app, explains_itself, set_environment
-from sparsity_forcing.files import write_text_atomic
+from sparsity_forcing.files import WriteError, write_text_atomic
 from sparsity_forcing.params import ParamsError, load_params, parse_params
 
 ROOT = Path(__file__).parents[1]
@@ -46,12 +46,22 @@ def test_bad_input_exits_with_2_and_names_the_file(workspace):
 
 def test_errors_that_need_no_traceback(tmp_path):
     assert explains_itself(ParamsError("p"))
+    assert explains_itself(WriteError("full"))
     assert not explains_itself(ValueError("a bug"))
     assert not explains_itself(FileNotFoundError("a bug"))
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as caught:  # noqa: PT011 - the kind differs between systems
         write_text_atomic(tmp_path / "file" / "below-a-file", "x")
     assert not explains_itself(caught.value)
+
+
+@pytest.mark.parametrize("stage", ["prepare", "base"])
+def test_a_place_that_dvc_does_not_see_is_refused_before_the_stage(workspace, stage):
+    (workspace / "models/base").mkdir(parents=True)
+    (workspace / "params.yaml").write_text(yaml.safe_dump(SMOKE | {"model": {"name": "models/base"}}))
+    result = CliRunner().invoke(app, [stage, "--root", str(workspace)])
+    assert (result.exit_code, "inside models/, which the pipeline writes" in result.output) == (2, True), result.output
+    assert not (workspace / "data").exists()
 
 
 @pytest.mark.parametrize("preset, offline", [("smoke", "1"), ("qwen2.5-vl-7b", None)])

@@ -11,6 +11,9 @@ import yaml
 from sparsity_forcing.params import Params, ParamsError, load_params, parse_params
 
 ROOT = Path(__file__).parents[1]
+# A phase that holds two coloured digits but not the four of the validation; shares that a 3x3 grid does not hold.
+TIGHT = {"steps": 1, "grids": [3], "coloured": 2, "grey_share": 0.33, "clutter_share": 0.33}
+CROWDED = {"source": "digits", "digits": {"grids": [8], "grey_share": 0.4, "clutter_share": 0.4}}
 PRESETS = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 
 
@@ -60,6 +63,23 @@ def test_the_paper_preset_has_the_settings_of_the_paper():
         ({"model": {"name": "scratch", "curriculum": []}}, ["model", "curriculum"]),
         ({"model": {"scratch": {"hidden_size": 60}}}, ["model.scratch", "multiple of 16", "60"]),
         ({"model": None}, ["model"]),
+        ({"model": {"scratch": {"vision_hidden_size": 50}}}, ["model.scratch", "vision_hidden_size", "multiple", "50"]),
+        ({"model": {"curriculum": [{"steps": 1, "grids": []}]}}, ["model.curriculum.0.grids", "at least one"]),
+        ({"model": {"curriculum": [{"steps": 1, "tasks": []}]}}, ["model.curriculum.0.tasks", "at least one"]),
+        ({"model": {"curriculum": [{"steps": 1, "grids": [8, 8]}]}}, ["model.curriculum.0.grids", "no entry twice"]),
+        ({"model": {"curriculum": [TIGHT]}}, ["validated on the last phase", "3x3 grid has 9 cells, too few for 10"]),
+        ({"profile": {"budgets": []}}, ["profile.budgets", "at least one", "[]"]),
+        ({"profile": {"budgets": [0.5, 0.5]}}, ["profile.budgets", "no entry twice"]),
+        ({"profile": {"grids": []}}, ["profile.grids", "at least one"]),
+        ({"profile": {"scoring_rows": ["all", "all"]}}, ["profile.scoring_rows", "no entry twice"]),
+        ({"evaluate": {"budgets": [0.975, 0.975]}}, ["evaluate.budgets", "no entry twice"]),
+        ({"evaluate": {"baselines": [{"p": 0.975}]}}, ["evaluate.baselines", "top_p at p = 0.975", "once"]),
+        ({"train": {"budgets": []}}, ["train.budgets", "at least one"]),
+        ({"report": {"decode_grids": []}}, ["report.decode_grids", "at least one"]),
+        ({"profile": {"grids": [3]}, "data": CROWDED}, ["profile.grids: ", "data.digits", "3x3 grid has 9 cells"]),
+        ({"report": {"decode_grids": [3]}, "data": CROWDED}, ["report.decode_grids: ", "3x3 grid has 9 cells"]),
+        ({"seed": 2**32}, ["seed", "less than 4294967296"]),
+        ({"sparsity": {"probe_seed": 10**11}}, ["sparsity.probe_seed", "less than 4294967296"]),
     ],
 )
 def test_a_wrong_parameter_is_named_with_its_value_and_what_is_allowed(sections, words):
@@ -69,6 +89,11 @@ def test_a_wrong_parameter_is_named_with_its_value_and_what_is_allowed(sections,
     assert message.startswith("params.yaml has")
     for word in words:
         assert word in message
+
+
+def test_the_grids_of_the_digits_do_not_bind_the_users_own_rows():
+    rows = {"source": "parquet", "user": {"path": "user_data/rows.parquet"}, "digits": CROWDED["digits"]}
+    assert parse_params(smoke(profile={"grids": [3]}, data=rows)).profile.grids == (3,)
 
 
 def test_all_errors_are_told_at_once():

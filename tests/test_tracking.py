@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import mlflow
 import pandas as pd
 import pytest
+from full_disk import files_at_most
 from mlflow import MlflowClient
 from sqlalchemy import Engine, event
 
+from sparsity_forcing.lineage import dvc_md5
 from sparsity_forcing.params import TrackingParams
-from sparsity_forcing.tracking import Tracker, TrackingError
+from sparsity_forcing.tracking import Run, Tracker, TrackingError, ui_of
 
 PARAMS = TrackingParams()
 
@@ -22,13 +29,14 @@ PARAMS = TrackingParams()
 @pytest.fixture
 def tracker(workspace) -> Tracker:
     (workspace / "dvc.yaml").write_text(
-        "stages:\n  evaluate:\n    deps: [models/policy, sparsity_forcing/evaluation]\n"
+        "stages:\n"
+        "  train: {outs: [models/policy]}\n"
+        "  evaluate: {deps: [models/policy, sparsity_forcing/evaluation]}\n"
+        "  report: {outs: [reports]}\n"
     )
-    (workspace / "dvc.lock").write_text(
-        "schema: '2.0'\nstages:\n"
-        "  train: {cmd: x, outs: [{path: models/policy, hash: md5, md5: aaa.dir}]}\n"
-        "  report: {cmd: x, outs: [{path: reports, hash: md5, md5: bbb.dir}]}\n"
-    )
+    for folder in ("models/policy", "reports"):
+        (workspace / folder).mkdir(parents=True)
+        (workspace / folder / "file").write_text(folder)
     return Tracker(PARAMS, workspace)
 
 
@@ -67,7 +75,8 @@ def test_a_run_holds_what_was_given_and_where_it_comes_from(tracker, client):
     assert stored.data.metrics == {"eval/accuracy": 0.9, "eval/token_ratio": 0.4, "train/reward": 1.0}
     curve = client.get_metric_history(run.run_id, "train/reward")
     assert [(point.step, point.value) for point in curve] == [(1, 0.5), (2, 1.0)]
-    expected = {"stage": "evaluate", "preset": "smoke", "git.commit": "none", "dvc.models/policy.md5": "aaa.dir"}
+    expected = {"stage": "evaluate", "preset": "smoke", "git.commit": "none"}
+    expected["dvc.models/policy.md5"] = dvc_md5(tracker.root / "models/policy")
     assert {key: stored.data.tags.get(key) for key in expected} == expected
     assert "dvc.reports.md5" not in stored.data.tags  # not an input of this stage
     assert client.load_table(tracker.experiment_id, "samples.json", [run.run_id])["tau"].tolist() == [0.25]
@@ -97,21 +106,96 @@ def test_a_run_that_ends_early_says_so(tracker, client, error, status):
     assert client.get_run(run.run_id).info.status == status
 
 
-def test_latest_runs_and_the_link_that_compares_them(tracker):
-    ids = {}
-    for name in ("base dense", "policy top-p", "base dense"):  # the last one replaces the first
+def evaluate(tracker: Tracker, *names: str) -> list[str]:
+    """One execution of the stage, with a run of each name; their ids."""
+    ids = []
+    for name in names:
+        with Tracker(PARAMS, tracker.root).run(stage="train", name="train"):
+            pass
         with tracker.run(stage="evaluate", name=name) as run:
-            ids[name] = run.run_id
-    with tracker.run(stage="train", name="train"):
-        pass
-    latest = tracker.latest_runs("evaluate")
-    assert sorted(latest) == sorted(ids.values())
+            ids.append(run.run_id)
+    return ids
 
+
+def test_the_latest_runs_are_those_of_the_newest_execution(tracker, monkeypatch):
+    assert tracker.latest_runs("evaluate") == []
+    evaluate(tracker, "base dense", "policy p=0.94", "policy p=0.975")
+    newest = Tracker(PARAMS, tracker.root)
+    ids = evaluate(newest, "base dense", "policy p=0.975")  # without p=0.94
+    with pytest.raises(ValueError, match="boom"), newest.run(stage="evaluate", name="failed"):
+        raise ValueError("boom")
+    assert tracker.latest_runs("evaluate") == ids
+
+    search = MlflowClient.search_runs  # a store with more runs than a page holds
+    monkeypatch.setattr(MlflowClient, "search_runs", lambda *a, **k: search(*a, **k | {"max_results": 1}))
+    assert tracker.latest_runs("evaluate") == ids
+
+
+@pytest.mark.parametrize(
+    "uri, ui",
+    [
+        ("sqlite:////workspace/mlflow.db", "http://127.0.0.1:5000"),
+        ("http://mlflow.example:5001", "http://mlflow.example:5001"),
+        ("https://name:password@mlflow.example/base/", "https://mlflow.example/base"),
+    ],
+)
+def test_links_lead_to_the_server_that_holds_the_runs(tracker, monkeypatch, uri, ui):
+    assert ui_of(uri) == ui
+    monkeypatch.setattr(tracker, "uri", uri)
+    assert tracker.compare_url(["a"]).startswith(f"{ui}/#/compare-runs?")
+    assert tracker.experiment_url() == f"{ui}/#/experiments/{tracker.experiment_id}"
+    assert tracker.experiment_url("http://127.0.0.1:7").startswith("http://127.0.0.1:7/#")
+
+
+def test_the_link_that_compares_runs_holds_their_ids(tracker):
+    latest = evaluate(tracker, "base dense", "policy top-p")
     fragment = urlsplit(tracker.compare_url(latest)).fragment
     query = parse_qs(urlsplit(fragment).query)
     assert fragment.startswith("/compare-runs?")
     assert json.loads(unquote(query["runs"][0])) == latest
     assert json.loads(unquote(query["experiments"][0])) == [tracker.experiment_id]
+
+
+def test_what_a_killed_process_left_running_ends_as_killed(tracker, client):
+    """Killed outright, a process says nothing; the next run of the same stage in the same workspace says it for it."""
+
+    def leave_running(stage: str, root: Path) -> str:
+        (root / "mlflow.db").exists() or shutil.copy(tracker.root / "mlflow.db", root)
+        code = (
+            "import os, sys; from pathlib import Path; from sparsity_forcing.params import TrackingParams\n"
+            "from sparsity_forcing.tracking import Tracker\n"
+            f"with Tracker(TrackingParams(), Path({str(root)!r})).run(stage={stage!r}, name='x') as run:\n"
+            "    print(run.run_id, flush=True); os.kill(os.getpid(), 9)"
+        )
+        environment = os.environ | {"MLFLOW_TRACKING_URI": tracker.uri}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        ).stdout.strip()
+
+    (tracker.root / "other").mkdir()
+    mine, other_stage = leave_running("train", tracker.root), leave_running("base", tracker.root)
+    other_workspace = leave_running("train", tracker.root / "other")
+    with (
+        tracker.run(stage="train", name="train") as alive,
+        Tracker(PARAMS, tracker.root).run(stage="train", name="two"),
+    ):
+        status = {name: client.get_run(name).info.status for name in (mine, other_stage, other_workspace, alive.run_id)}
+    assert status == {mine: "KILLED", other_stage: "RUNNING", other_workspace: "RUNNING", alive.run_id: "RUNNING"}
+
+
+def log_much(run: Run) -> None:
+    for step in range(400):
+        run.metrics({"train/reward": 0.5}, step=step)
+
+
+def test_a_full_disk_under_the_store_is_named(tracker):
+    size = (tracker.root / "mlflow.db").stat().st_size
+    with (
+        pytest.raises(TrackingError, match=r"mlflow\.db cannot be written .*is the disk full"),
+        files_at_most(size),
+        tracker.run(stage="train", name="train") as run,
+    ):
+        log_much(run)
 
 
 def test_registered_policy_is_loadable_through_its_alias(tracker, client):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -58,15 +59,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Gives a row its split by a seeded hash of its id: independent of the order and of the other rows."""
+    """Gives a row its split by a seeded hash of its images, or of its id where it has none.
+
+    So a split depends neither on the order nor on the other rows, and all questions about the same images are in one.
+    Rows that share only some of their images may part: name the split in those.
+    """
 
     seed: int
     validation_share: float
     test_share: float
 
-    def __call__(self, row_id: str) -> str:
-        digest = hashlib.sha256(f"{self.seed}:{row_id}".encode()).digest()
-        position = int.from_bytes(digest[:8], "big") / 2**64
+    def __call__(self, row_id: str, images: Sequence[bytes] = ()) -> str:
+        digest = hashlib.sha256(f"{self.seed}:".encode())
+        for part in [hashlib.sha256(image).digest() for image in images] or [row_id.encode()]:
+            digest.update(part)
+        position = int.from_bytes(digest.digest()[:8], "big") / 2**64
         if position < self.test_share:
             return "test"
         return "validation" if position < self.test_share + self.validation_share else "train"
@@ -76,7 +83,7 @@ def parse_json_object(text: str) -> dict[str, Any]:
     """A JSON object by the letter of the standard: NaN, infinities and numbers beyond a double are refused.
 
     Raises:
-        BadRow: malformed_json.
+        BadRow: malformed_json, or unencodable_text where a key or a text, however deep, holds half a character.
     """
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
@@ -84,6 +91,13 @@ def parse_json_object(text: str) -> dict[str, Any]:
         raise BadRow(Reason.MALFORMED_JSON, str(error)) from None
     if not isinstance(value, dict):
         raise BadRow(Reason.MALFORMED_JSON, f"a row is a JSON object, this is a {type(value).__name__}")
+    for key, part in value.items():
+        try:
+            json.dumps({key: part}, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow(Reason.UNENCODABLE_TEXT, f"{key!r} holds half a character: {error}") from None
+        except RecursionError as error:
+            raise BadRow(Reason.MALFORMED_JSON, str(error)) from None
     return value
 
 

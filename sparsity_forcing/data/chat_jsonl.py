@@ -4,9 +4,10 @@
                   {"role": "assistant", "content": "…"}]}
     {"prompt": "…?", "completion": "…", "images": ["a.png"]}
 
-``prompt`` and ``completion`` may be messages too. Paths are relative to the file; a relative path does not leave its
-folder, an absolute one is taken as it is. Optional keys: ``id``, ``split``, ``task``, ``images``, ``frames_per_second``
-(the images are then the frames of a video); all other keys go to ``meta``.
+``prompt`` and ``completion`` may be messages too. Paths are relative to the file and do not leave its folder: DVC would
+not see a file elsewhere change. Optional keys: ``id``, ``split``, ``task``, ``images``, ``frames_per_second`` (the
+images are then the frames of a video); all other keys go to ``meta``. A model is shown frames as separate images in
+their order; how many make a second is kept with the row, but told to no model.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def parse_line(line: bytes, folder: Path, split_rule: SplitRule, max_video_frame
     row_id = _row_id(values.get("id"), line)
     return Row(
         id=row_id,
-        split=_string(values, "split", Reason.UNKNOWN_SPLIT) or split_rule(row_id),
+        split=_string(values, "split", Reason.UNKNOWN_SPLIT) or split_rule(row_id, images),
         task=_string(values, "task", Reason.UNKNOWN_TASK) or DEFAULT_TASK,
         question=question.text.strip(),
         answer=question.answer.strip(),
@@ -160,19 +161,15 @@ def _read_media(media: list[tuple[str, str]], folder: Path, max_video_frames: in
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The path of a file the row names; a relative one stays in ``folder``, links followed."""
+    """The path of a file the row names; it stays in ``folder``, links followed."""
     if "://" in name:
         raise BadRow(Reason.MISSING_IMAGE, f"{name!r} is an address; nothing is downloaded, give a path")
-    if Path(name).is_absolute():
-        return Path(name)
     try:
         path = (folder / name).resolve()
     except (OSError, ValueError) as error:
         raise BadRow(Reason.MISSING_IMAGE, f"{name!r}: {error}") from None
     if not path.is_relative_to(folder.resolve()):
-        raise BadRow(
-            Reason.PATH_OUTSIDE, f"{name!r} leads out of the file's folder; give an absolute path if it is meant"
-        )
+        raise BadRow(Reason.PATH_OUTSIDE, f"{name!r} leads out of the file's folder, where DVC would not see it change")
     return path
 
 
@@ -197,4 +194,7 @@ def _rate(value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(Reason.BAD_NUMBER, f"frames_per_second {value!r} is not a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise BadRow(Reason.BAD_NUMBER, f"frames_per_second: {error}") from None

@@ -17,6 +17,8 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from sparsity_forcing.params import COLOURED_DIGITS
+
 CELL = 8  # pixels per cell side: the size of one scan
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (1.0, 0.15, 0.15),
@@ -25,7 +27,6 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "yellow": (1.0, 0.9, 0.1),
 }
 TASKS = ("read", "count", "sum")
-COLOURED_DIGITS = 4
 SPLITS = {"train": slice(0, 1097), "validation": slice(1097, 1297), "test": slice(1297, 1797)}
 
 

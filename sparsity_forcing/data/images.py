@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
 from sparsity_forcing.data.candidates import BadRow, Reason
 
@@ -16,19 +18,31 @@ JPEG_QUALITY = 95  # of video frames
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decodes an image to its last pixel; a truncated one does not pass.
+    """Decodes an image to its last pixel, upright as its EXIF orientation says; a truncated one does not pass.
 
     Raises:
         BadRow: unreadable_image.
     """
     try:
         image = Image.open(io.BytesIO(data))
-        image.load()
+        with _no_truncated_images():
+            image.load()
+        ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # decoders raise many kinds of errors on damaged bytes
         raise BadRow(Reason.UNREADABLE_IMAGE, f"{type(error).__name__}: {error}") from None
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise BadRow(Reason.UNREADABLE_IMAGE, f"{image.width}x{image.height} pixels is too thin to be processed")
     return image
+
+
+@contextmanager
+def _no_truncated_images() -> Iterator[None]:
+    """Other libraries, lmms-eval for one, tell Pillow for the whole process to fill up truncated images."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def read_image(path: Path) -> bytes:
@@ -59,7 +73,11 @@ def read_video(path: Path, max_frames: int) -> tuple[list[bytes], float]:
     Raises:
         BadRow: missing_image, unreadable_video.
     """
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise BadRow(Reason.MISSING_IMAGE, f"{str(path)!r}: {error.strerror}") from None
+    if not is_there:
         raise BadRow(Reason.MISSING_IMAGE, f"{str(path)!r}: no such video file")
     try:
         import decord
@@ -70,8 +88,9 @@ def read_video(path: Path, max_frames: int) -> tuple[list[bytes], float]:
         count, rate = len(reader), float(reader.get_avg_fps())
         indices = np.unique(np.linspace(0, count - 1, min(count, max_frames)).round().astype(int))
         frames = reader.get_batch(indices.tolist()).asnumpy()
-    except (decord.DECORDError, RuntimeError, ValueError, IndexError) as error:
-        raise BadRow(Reason.UNREADABLE_VIDEO, f"{str(path)!r}: {str(error).splitlines()[0]}") from None
+    except (decord.DECORDError, RuntimeError, OSError, ValueError, IndexError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadRow(Reason.UNREADABLE_VIDEO, f"{str(path)!r}: {reason}") from None
     if not (np.isfinite(rate) and rate > 0):
         raise BadRow(Reason.UNREADABLE_VIDEO, f"{str(path)!r}: says {rate} frames per second")
     return [encode(Image.fromarray(frame), "JPEG") for frame in frames], len(indices) * rate / count

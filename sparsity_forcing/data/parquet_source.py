@@ -60,7 +60,7 @@ def _row_or_reason(record: dict[str, Any], split_rule: SplitRule) -> Row | BadRo
         return BadRow(error.reason, f"meta: {error.detail}")
     return Row(
         id=row_id,
-        split=record.get("split") or split_rule(row_id),
+        split=record.get("split") or split_rule(row_id, images),
         task=record.get("task") or DEFAULT_TASK,
         question=record["question"] or "",
         answer=record["answer"] or "",

@@ -42,7 +42,8 @@ class SchemaError(ValueError):
 class Row:
     """One question.
 
-    ``images``: encoded PNG or JPEG files, in prompt order; the frames of a video where ``frames_per_second`` is set.
+    ``images``: encoded PNG or JPEG files, in prompt order; the frames of a video where ``frames_per_second`` is set. A
+    prompt shows frames as it shows images, one after the other; ``frames_per_second`` is a record, no model is told it.
     ``meta``: whatever the source knows besides; JSON values only.
     """
 

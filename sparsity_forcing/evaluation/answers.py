@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsity_forcing.methods import Method
 from sparsity_forcing.models.families import visual_token_ids
-from sparsity_forcing.models.prompts import encode_messages
+from sparsity_forcing.models.prompts import encode_messages, to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -75,14 +75,6 @@ def answer_batch(
             strict=True,
         )
     ]
-
-
-def to_device(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """The inputs on the model's device, floating-point ones (pixels) in its dtype."""
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
 
 
 def _answer(

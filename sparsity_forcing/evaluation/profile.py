@@ -25,6 +25,10 @@ from sparsity_forcing.scoring import ScoreFunction
 TERCILES = ("short", "medium", "long")
 
 
+class ProfileError(ValueError):
+    """The data does not allow a profile."""
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Questions by prompt length, short to long; every table but `by_length` uses the ``middle`` group."""
@@ -55,9 +59,16 @@ def digits_lengths(params: DigitsParams, grids: Sequence[int], rows: int, seed: 
 
 
 def tercile_lengths(validation: Sequence[Row], processor, rows: int, seed: int) -> Lengths:
-    """Up to ``rows`` questions from each third of a sample of ``validation``, ordered by prompt length in tokens."""
+    """Up to ``rows`` questions from each third of a sample of ``validation``, ordered by prompt length in tokens.
+
+    Raises:
+        ProfileError: there are not three rows.
+    """
     if len(validation) < len(TERCILES):
-        raise ValueError(f"the profile by prompt length needs at least 3 validation rows, got {len(validation)}")
+        raise ProfileError(
+            f"the profile by prompt length needs at least {len(TERCILES)} validation rows, got {len(validation)}; add "
+            "rows, or raise data.user.validation_share"
+        )
     rng = np.random.default_rng(seed)
     sample = rng.permutation(len(validation))[: len(TERCILES) * rows]
     by_length = sorted(sample, key=lambda index: (_prompt_length(processor, validation[index]), index))

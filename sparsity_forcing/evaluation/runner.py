@@ -13,16 +13,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
-import sparsity_forcing
+import sparsity_kernels
+
 from sparsity_forcing.evaluation.samples import read_records, sample_records, write_samples
 from sparsity_forcing.evaluation.tasks import LocalTask
 from sparsity_forcing.evaluation.workers import run_in_processes
+from sparsity_forcing.lineage import code_digest, file_digest, versions
 from sparsity_forcing.methods import Method
 
-CODE = ("attention", "evaluation", "methods", "models", "selection")  # what decides an answer
+# What decides an answer and its score, and the packages that do.
+CODE = (
+    *("attention", "data/schema.py", "evaluation", "methods", "models", "params.py", "scoring.py", "selection"),
+    Path(sparsity_kernels.__file__).parent,
+)
+PACKAGES = ("lmms_eval", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Job:
 class Benchmark:
     """The tasks in ``directory`` and how they are run.
 
-    ``digest`` stands for the tasks' content: equal digests mean equal questions and scoring.
+    ``digest`` stands for the tasks' content: equal digests mean equal questions and scoring, the user's own score
+    function included.
     """
 
     directory: Path
@@ -98,31 +105,13 @@ def fingerprint(job: Job, benchmark: Benchmark) -> str:
     depends_on = {
         "row": job.row,
         "method": {key: _plain(value) for key, value in vars(job.method).items()},
-        "model": digest_files(job.directory),
+        "model": {path.name: file_digest(path, "sha256") for path in job.directory.iterdir() if path.is_file()},
         "benchmark": benchmark.digest,
         "settings": [benchmark.batch_size, benchmark.dtype, benchmark.device],
-        "code": _code_digest(),
-        "versions": {name: version(name) for name in ("lmms_eval", "torch", "transformers")},
+        "code": code_digest(CODE),
+        "versions": versions(PACKAGES),
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def digest_files(directory: Path, pattern: str = "*") -> str:
-    """SHA-256 over names and content of the files below ``directory``."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in directory.rglob(pattern) if path.is_file()):
-        digest.update(str(path.relative_to(directory)).encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _code_digest() -> str:
-    import sparsity_kernels
-
-    package = Path(sparsity_forcing.__file__).parent
-    folders = [*(package / name for name in CODE), Path(sparsity_kernels.__file__).parent]
-    return "".join(digest_files(folder, "*.py") for folder in folders)
 
 
 def _plain(value: object) -> object:

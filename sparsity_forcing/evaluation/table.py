@@ -81,6 +81,19 @@ class BenchmarkTable(BaseModel):
                 return row
         raise KeyError(f"the benchmark table has no row {method} {checkpoint} p={p} {benchmark}")
 
+    def sparsest(self, checkpoint: Checkpoint, loss: float) -> BenchmarkRow:
+        """The row of ``checkpoint`` that keeps the fewest visual tokens (all tokens where there are none) and is at
+        most ``loss`` less accurate than the dense base, whatever its method and budget."""
+        rows = self.averages()
+        dense = next(row for row in rows if (row.checkpoint, row.p) == ("base", 1))
+        near = [row for row in rows if row.checkpoint == checkpoint and row.accuracy >= dense.accuracy - loss]
+        return min(near or [row for row in rows if row.checkpoint == checkpoint], key=kept_share)
+
+
+def kept_share(row: BenchmarkRow) -> float:
+    """Share of the visual tokens that were kept, of all tokens where no prompt had a visual one."""
+    return row.token_ratio if row.visual_token_ratio is None else row.visual_token_ratio
+
 
 def benchmark_table(samples: pd.DataFrame) -> BenchmarkTable:
     """The table of per-question results, rows in the order of the samples.

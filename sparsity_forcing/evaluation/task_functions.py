@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from PIL import Image
 
+from sparsity_forcing.models.prompts import to_pil
 from sparsity_forcing.scoring import score_function
 
 METRIC = "accuracy"
 
 
 def doc_to_visual(doc: dict) -> list[Image.Image]:
-    """The images in prompt order, RGB."""
-    return [image.convert("RGB") for image in doc["images"]]
+    """The images in prompt order, as training sees them."""
+    return [to_pil(image) for image in doc["images"]]
 
 
 def doc_to_text(doc: dict) -> str:

@@ -15,7 +15,7 @@ from sparsity_forcing.methods.full import Full
 from sparsity_forcing.methods.threshold import Threshold
 from sparsity_forcing.methods.top_k import TopK
 from sparsity_forcing.methods.top_p import TopP
-from sparsity_forcing.params import SparsityParams
+from sparsity_forcing.params import Baseline, SparsityParams
 
 __all__ = ["Full", "Method", "Threshold", "TopK", "TopP", "rows_to_compare", "sparse_method"]
 
@@ -27,6 +27,9 @@ def sparse_method(settings: SparsityParams, p: float) -> Method:
     return _BY_RULE[settings.rule](p=p, settings=settings)
 
 
-def rows_to_compare(settings: SparsityParams, budgets: tuple[float, ...]) -> tuple[Method, ...]:
-    """What every checkpoint is evaluated with: dense, then the rule of ``settings`` at each budget."""
-    return (Full(), *(sparse_method(settings, p) for p in budgets))
+def rows_to_compare(
+    settings: SparsityParams, budgets: tuple[float, ...], baselines: tuple[Baseline, ...] = ()
+) -> tuple[Method, ...]:
+    """What every checkpoint is evaluated with: dense, the rule of ``settings`` at each budget, then ``baselines``."""
+    others = (_BY_RULE[other.rule](p=other.p, settings=settings) for other in baselines)
+    return (Full(), *(sparse_method(settings, p) for p in budgets), *others)

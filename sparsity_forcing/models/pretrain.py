@@ -22,11 +22,14 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from sparsity_forcing.checkpoints import Checkpoints, fingerprint
 from sparsity_forcing.data.digits import load_scans, render
+from sparsity_forcing.lineage import code_digest, versions
 from sparsity_forcing.models.families import ModelError
 from sparsity_forcing.models.prompts import append_answers, encode_prompts
 from sparsity_forcing.params import ModelParams, Phase
 
 STATE_FILE = "state.pt"
+CODE = ("data/digits.py", "models/pretrain.py", "models/prompts.py")  # what decides the weights, and packages that do:
+PACKAGES = ("torch", "transformers", "numpy", "scikit-learn")
 
 
 class CurriculumBatches(IterableDataset):
@@ -157,8 +160,8 @@ def answer_loss(model: PreTrainedModel, inputs: dict, labels: torch.Tensor) -> t
 def configuration_fingerprint(model: PreTrainedModel, processor: ProcessorMixin, params: ModelParams, seed: int) -> str:
     """Names everything that decides what `pretrain` makes of the fresh ``model``, for its checkpoints.
 
-    Parameters, initial weights, and the first batch of every phase: a change of the rendering, the tokenizer or the
-    chat template changes it too.
+    Parameters, code, versions, initial weights, and the first batch of every phase: a change of the rendering, the
+    tokenizer or the chat template changes it too.
     """
     tensors = list(model.state_dict().values())
     for phase in params.curriculum:
@@ -168,7 +171,8 @@ def configuration_fingerprint(model: PreTrainedModel, processor: ProcessorMixin,
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     decisive = params.model_dump(mode="json", include={"scratch", "curriculum", "learning_rate", "warmup_steps"})
-    return fingerprint({"params": decisive, "seed": seed, "tensors": digest.hexdigest()})
+    made_by = {"code": code_digest(CODE), "versions": versions(PACKAGES)}
+    return fingerprint({"params": decisive, "seed": seed, "tensors": digest.hexdigest(), **made_by})
 
 
 def _resume(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def to_pil(image: bytes | Image.Image) -> Image.Image:
-    """A PNG or JPEG byte string as an RGB image; an image stays itself."""
+    """A PNG or JPEG byte string, or an image, in RGB and upright: turned as its EXIF orientation says."""
     if isinstance(image, bytes):
         image = Image.open(io.BytesIO(image))
-    return image.convert("RGB")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def question_messages(question: str, images: Sequence[bytes | Image.Image]) -> list[dict]:
@@ -48,6 +52,14 @@ def encode_messages(processor, conversations: Sequence[Sequence[dict]]) -> dict:
         templates.append(processor.apply_chat_template(template, add_generation_prompt=True, tokenize=False))
     inputs = processor(text=templates, images=images or None, padding=True, padding_side="left", return_tensors="pt")
     return dict(inputs)
+
+
+def to_device(inputs: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The inputs on the model's device, floating-point ones (pixels) in its dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
 
 
 def append_answers(processor, inputs: dict, answers: Sequence[str]) -> tuple[dict, torch.Tensor]:

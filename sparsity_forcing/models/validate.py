@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import Row
-from sparsity_forcing.models.prompts import encode_prompts
+from sparsity_forcing.models.prompts import encode_prompts, to_device
 from sparsity_forcing.params import DigitsParams, Phase
 from sparsity_forcing.scoring import exact_match
 
@@ -38,11 +38,7 @@ def validate(model: PreTrainedModel, processor: ProcessorMixin, rows: Sequence[R
 
 def generate_answers(model: PreTrainedModel, processor: ProcessorMixin, rows: Sequence[Row]) -> list[str]:
     """Greedy answers of the dense model to one batch of questions."""
-    inputs = encode_prompts(processor, [row.question for row in rows], [row.images for row in rows])
-    inputs = {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
+    inputs = to_device(encode_prompts(processor, [row.question for row in rows], [row.images for row in rows]), model)
     with torch.no_grad():
         sequences = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     new_tokens = sequences[:, inputs["input_ids"].shape[1] :]

@@ -104,14 +104,14 @@ def lineage_section(
     blocks: list[Block] = [Table("Code", two, code)]
     if lineage.data:
         md5s = [[path, md5] for path, md5 in sorted(lineage.data.items())]
-        blocks.append(Table("Data and models (dvc.lock)", [Column("Path", False), Column("md5", False)], md5s))
+        blocks.append(Table("Data and models, as in dvc.lock", [Column("Path", False), Column("md5", False)], md5s))
     else:
-        blocks.append(Text("Data md5s: dvc.lock is not there; they are recorded when the stages run through DVC."))
+        blocks.append(Text("Data md5s: nothing that dvc.yaml names is there."))
     versions = [[name, version] for name, version in lineage.versions.items()]
     blocks.append(Table("Versions", [Column("Package", False), Column("Version", False)], versions, folded=True))
     blocks.append(Code("Parameters", yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False)))
     if links:
-        note = "The MLflow links open while `make ui` runs. Evaluation runs: "
+        note = "Links to 127.0.0.1 open while `make ui` runs. Evaluation runs: "
         blocks.append(Links(links, note + ", ".join(run_ids)))
     else:
         blocks.append(Text("MLflow: no evaluation run is recorded in this workspace."))

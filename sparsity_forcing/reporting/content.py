@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from sparsity_forcing.evaluation.table import BenchmarkRow, BenchmarkTable
+from sparsity_forcing.evaluation.table import BenchmarkRow, BenchmarkTable, kept_share
 from sparsity_forcing.methods import Full, sparse_method
 from sparsity_forcing.params import Params
 from sparsity_forcing.reporting import formatting as fmt
@@ -103,6 +103,19 @@ def headline_text(found: Headline) -> str:
         f"At budget p = {after.p:g} the trained model keeps {kept} before training, and answers "
         f"{fmt.percent(after.accuracy)} of {fmt.amount(after.n)} held-out questions where the dense base model answers "
         f"{fmt.percent(dense.accuracy)}."
+    )
+
+
+def perspective_text(table: BenchmarkTable, loss: float = 0.01) -> str:
+    """What training is worth: the sparsest rows of base and policy that keep the accuracy, under any rule measured."""
+    described = []
+    for checkpoint, name in (("base", "the untrained base"), ("policy", "the policy")):
+        row = table.sparsest(checkpoint, loss)
+        rule = "dense" if row.method == Full.name else f"{row.method} at p = {row.p:g}"
+        described.append(f"{name} with {rule} ({fmt.percent(kept_share(row))} kept, {fmt.percent(row.accuracy)} right)")
+    return (
+        "A budget is a free choice, and other rules cost nothing to try. Of all rows measured within "
+        f"{100 * loss:g} point of the dense base, the sparsest are {described[0]} and {described[1]}."
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from sparsity_forcing.attention.cache import PrunedLayer
 from sparsity_forcing.methods import Method
+from sparsity_forcing.models.families import visual_token_ids
+
+if TYPE_CHECKING:
+    from sparsity_forcing.attention.stats import SparseStats
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Sample:
-    """One ``generate`` call. Times in seconds: ``prefill`` to the first token's logits, ``steps`` per token after."""
+    """One ``generate`` call. Times in seconds: ``prefill`` to the first token's logits, ``steps`` per token after.
+    ``visual_token_ratio`` is None where no prompt has a visual token."""
 
     prefill: float
     steps: np.ndarray
     cache_bytes: int
     token_ratio: float
-    visual_token_ratio: float
+    visual_token_ratio: float | None
 
 
 class StepClock(LogitsProcessor):
@@ -69,13 +75,20 @@ def run_once(arm: Arm, inputs: dict, new_tokens: int) -> Sample:
             return_dict_in_generate=True,
         )
     marks = np.asarray(clock.times)
+    visual_ids = torch.tensor(visual_token_ids(arm.model.config), device=device)
+    has_visual = bool(torch.isin(inputs["input_ids"], visual_ids).any())
     return Sample(
         prefill=float(marks[0] - start),
         steps=np.diff(marks),
         cache_bytes=cache_bytes(output.past_key_values),
         token_ratio=1.0 if stats is None else float(stats.token_ratio.mean()),
-        visual_token_ratio=1.0 if stats is None else float(stats.visual_token_ratio.mean()),
+        visual_token_ratio=_visual_ratio(stats) if has_visual else None,
     )
+
+
+def _visual_ratio(stats: SparseStats | None) -> float:
+    """Mean over the prompts that have visual tokens; everything is kept where there are no statistics."""
+    return 1.0 if stats is None else float(stats.visual_token_ratio.nanmean())
 
 
 def cache_bytes(cache) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.methods import Method
-from sparsity_forcing.models.prompts import encode_prompts
+from sparsity_forcing.models.prompts import encode_prompts, to_device
 
 ASKED, OTHER_DIGITS, BACKGROUND = "asked digits", "other coloured digits", "everything else"
 
@@ -48,7 +48,7 @@ def measure_kept(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         inputs = encode_prompts(processor, [row.question for row in batch], [row.images for row in batch])
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        inputs = to_device(inputs, model)
         with method.attend(model) as stats, torch.inference_mode():
             output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         kept_rows += _rows_of(batch, inputs, output, stats, processor)

@@ -15,37 +15,37 @@ from sparsity_forcing.lineage import hardware
 from sparsity_forcing.methods import Full, Method, sparse_method
 from sparsity_forcing.models.families import visual_token_ids
 from sparsity_forcing.models.load import load
-from sparsity_forcing.models.prompts import encode_prompts, to_pil
+from sparsity_forcing.models.prompts import encode_prompts, to_device, to_pil
 from sparsity_forcing.params import Params
 from sparsity_forcing.reporting.content import BASE_ARM, DENSE_ARM, POLICY_ARM, Measured
 from sparsity_forcing.reporting.efficiency import Arm, measure, summarise
 from sparsity_forcing.reporting.inputs import Inputs
 from sparsity_forcing.reporting.kept import first_of_each, measure_kept
 
-CHECKPOINTS = {"base": "models/base", "policy": "models/policy"}
-Progress = Callable[[str], None]
+MODELS = {"base": "models/base", "policy": "models/policy"}
+Say = Callable[[str], None]
 
 
-def measure_all(params: Params, root: Path, inputs: Inputs, on_progress: Progress) -> tuple[Measured, list[str]]:
+def measure_all(params: Params, root: Path, inputs: Inputs, say: Say) -> tuple[Measured, list[str]]:
     """Kept sets and efficiency of base and policy, and the row ids of the examples.
 
     Where a checkpoint or the test split is missing nothing is measured and the reason is kept.
     """
-    needed = [*CHECKPOINTS.values(), "data/prepared/test.parquet"]
+    needed = [*MODELS.values(), "data/prepared/test.parquet"]
     reasons = [inputs.missing[name] for name in needed if name in inputs.missing]
     if reasons:
         return Measured(hardware(), missing=dict.fromkeys(("kept", "efficiency"), "; ".join(reasons))), []
     models = {}
-    for name, directory in CHECKPOINTS.items():
+    for name, directory in MODELS.items():
         models[name], processor = load(root / directory, dtype=params.model.dtype, device=params.model.device)
     method = sparse_method(params.sparsity, params.sparsity.p)
     examples = first_of_each(inputs.test_rows, params.report.examples, key=lambda row: row.task)
     rows = {row.id: row for row in (*examples, *first_of_each(inputs.test_rows, params.report.kept_rows, label_of))}
     kept = {}
     for name, model in models.items():
-        on_progress(f"kept sets of the {name}, {len(rows)} questions")
+        say(f"kept sets of the {name}, {len(rows)} questions")
         kept[name] = measure_kept(model, processor, list(rows.values()), method, params.evaluate.max_new_tokens)
-    lengths = measure_lengths(params, models, processor, inputs.test_rows, method, on_progress)
+    lengths = measure_lengths(params, models, processor, inputs.test_rows, method, say)
     evaluated = None if inputs.samples is None else int(inputs.samples["visual_tokens"].max())
     return Measured(hardware(), kept, lengths, evaluated), [row.id for row in examples]
 
@@ -60,7 +60,7 @@ def measure_lengths(
     processor: ProcessorMixin,
     rows: Sequence[Row],
     method: Method,
-    on_progress: Progress,
+    say: Say,
 ) -> list[dict]:
     """Efficiency at every prompt length, ascending; see `content.Measured`."""
     arms = [
@@ -79,8 +79,8 @@ def measure_lengths(
             "new_tokens": params.report.decode_tokens,
             "repetitions": params.report.decode_repetitions,
         }
-        on_progress(f"decode time at {shape['visual_tokens']} visual tokens, batch {shape['batch']}")
-        inputs = {name: value.to(models["base"].device) for name, value in inputs.items()}
+        say(f"decode time at {shape['visual_tokens']} visual tokens, batch {shape['batch']}")
+        inputs = to_device(inputs, models["base"])
         samples = measure(arms, inputs, params.report.decode_tokens, params.report.decode_repetitions)
         lengths.append({**shape, "arms": summarise(samples, DENSE_ARM)})
     return sorted(lengths, key=lambda length: length["visual_tokens"])

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from sparsity_forcing.evaluation.table import BenchmarkRow
+from sparsity_forcing.methods import Full
 from sparsity_forcing.reporting.drawing import BASE, NEUTRAL, POLICY, VIOLET, Drawing, new_figure
 
 CHECKPOINTS = {"base": (BASE, "o", "before training (base)"), "policy": (POLICY, "s", "after training (policy)")}
@@ -21,43 +22,53 @@ def pareto(rows: Sequence[BenchmarkRow]) -> Drawing:
     """Accuracy against visual token ratio: every pooled row of the benchmark, with its 95% interval."""
 
     def draw() -> Figure:
-        figure = new_figure(7.2, 4.0)
+        figure = new_figure(7.2, 4.4)
         axes = figure.subplots()
+        methods = list(dict.fromkeys(row.method for row in rows if row.method != Full.name))
         for checkpoint, (colour, marker, label) in CHECKPOINTS.items():
-            points = sorted(
-                (row for row in rows if row.checkpoint == checkpoint and row.visual_token_ratio is not None),
-                key=lambda row: row.visual_token_ratio,
-            )
-            if not points:
-                continue
-            axes.errorbar(
-                [row.visual_token_ratio for row in points],
-                [row.accuracy for row in points],
-                yerr=[
-                    [row.accuracy - row.accuracy_low for row in points],
-                    [row.accuracy_high - row.accuracy for row in points],
-                ],
-                color=colour,
-                marker=marker,
-                capsize=3,
-                elinewidth=1.2,
-                label=label,
-            )
-            _label_budgets(axes, points, colour, below=checkpoint == "policy")
+            for method in [Full.name, *methods]:
+                points = sorted(
+                    (
+                        row
+                        for row in rows
+                        if (row.checkpoint, row.method) == (checkpoint, method) and row.visual_token_ratio is not None
+                    ),
+                    key=lambda row: row.visual_token_ratio,
+                )
+                if not points:
+                    continue
+                deployed = method in methods[:1]
+                axes.errorbar(
+                    [row.visual_token_ratio for row in points],
+                    [row.accuracy for row in points],
+                    yerr=[
+                        [row.accuracy - row.accuracy_low for row in points],
+                        [row.accuracy_high - row.accuracy for row in points],
+                    ],
+                    color=colour,
+                    marker="D" if method == Full.name else marker,
+                    linestyle="-" if deployed else ":",
+                    fillstyle="full" if deployed else "none",
+                    capsize=3,
+                    elinewidth=1.2,
+                    label=f"{label}, {'dense' if method == Full.name else method}",
+                )
+                if deployed:
+                    _label_budgets(axes, points, colour, below=checkpoint == "policy")
         axes.set(xlabel="visual tokens kept, τ visual (lower is cheaper)", ylabel="accuracy", xlim=(0, 1.06))
-        axes.margins(y=0.35)
+        axes.margins(y=0.2)
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.legend(loc="best")
+        axes.legend(loc="lower right")
         return figure
 
     return Drawing(
         "pareto",
         draw,
         "Accuracy against the share of visual tokens kept, all test questions pooled; bars are 95% intervals. "
-        "Up and to the left is better.",
-        "Accuracy against visual token ratio for the base and the trained policy, dense and at every budget.",
+        "Up and to the left is better. Hollow points are dense, or rules that were not trained for.",
+        "Accuracy against visual token ratio for the base and the trained policy, by rule and budget.",
     )
 
 

@@ -9,6 +9,7 @@ from sparsity_forcing.evaluation.table import AVERAGE, BenchmarkTable, load_tabl
 from sparsity_forcing.files import write_text_atomic
 from sparsity_forcing.methods import Full
 from sparsity_forcing.reporting import formatting as fmt
+from sparsity_forcing.reporting.content import perspective_text
 
 HEADER = "| model | attention | budget p | accuracy (95% interval) | visual tokens kept | all tokens kept |"
 
@@ -29,6 +30,8 @@ def results(table: BenchmarkTable, report: dict, train: dict) -> str:
         f"visual tokens (before: {fmt.percent(headline['visual_token_ratio_before'])}) and answers "
         f"{fmt.percent(headline['accuracy'])} of {fmt.amount(headline['questions'])} held-out questions; the dense "
         f"base answers {fmt.percent(headline['dense_accuracy'])}.",
+        "",
+        perspective_text(table),
         "",
         HEADER,
         "|---|---|---|---|---|---|",

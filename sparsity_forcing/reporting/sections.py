@@ -18,6 +18,7 @@ from sparsity_forcing.reporting.content import (
     Headline,
     Measured,
     difference_text,
+    perspective_text,
 )
 from sparsity_forcing.reporting.document import Block, Column, Missing, Plot, Section, Table, Text
 from sparsity_forcing.reporting.inputs import Inputs
@@ -35,6 +36,7 @@ def benchmark_section(inputs: Inputs, found: Headline) -> Section:
         blocks.append(Plot(plots.pareto(pooled)))
     else:
         blocks.append(Missing("Accuracy against visual tokens kept", "no test question has a visual token"))
+    blocks.append(Text(perspective_text(inputs.table)))
     blocks.append(_rows_table("All test questions pooled; accuracy with its 95% interval", pooled, found))
     blocks.append(_rows_table("Every benchmark on its own", single, found, folded=True))
     if found.difference is not None:

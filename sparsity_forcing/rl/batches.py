@@ -1,4 +1,4 @@
-"""Which rows a step trains on: a pure function of the step number."""
+"""Which rows a step trains on, and which of them a process takes: pure functions of their arguments."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def rows_of_step(rows: Sequence[Row], step: int, per_step: int, seed: int) -> li
     epoch, place = divmod(step, steps_per_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(len(rows))
     return [rows[int(i)] for i in order[place * per_step : (place + 1) * per_step]]
+
+
+def share_of(rows: Sequence[Row], process: int, processes: int) -> Sequence[Row]:
+    """The rows of one process: contiguous and in order; the shares differ by one row at most."""
+    first, last = (len(rows) * index // processes for index in (process, process + 1))
+    return rows[first:last]

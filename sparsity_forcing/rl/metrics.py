@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from sparsity_forcing.data.schema import Row
+from sparsity_forcing.rl.facts import Facts
 from sparsity_forcing.rl.rewards import Rewards
-from sparsity_forcing.rl.rollout import Rollouts
 
 
-def step_metrics(step: int, rollouts: Rollouts, rewards: Rewards, advantages: Tensor, group: int) -> dict:
+def step_metrics(step: int, facts: Facts, rewards: Rewards, advantages: Tensor) -> dict:
     """Flat metrics of one step. Names follow TRL where it has one; ``p0.940/…`` are per budget."""
-    lengths = rollouts.completion_mask.sum(-1).float()
-    correct = rewards.correct.flatten()
+    correct, total = facts.correct, rewards.total.flatten()
     metrics = {
         "step": step,
         "reward": rewards.total.mean(),
@@ -25,27 +24,42 @@ def step_metrics(step: int, rollouts: Rollouts, rewards: Rewards, advantages: Te
         "accuracy": correct.mean(),
         "anyone_right": (rewards.correct > 0.5).any(1).float().mean(),
         "zero_std_groups": (rewards.total.std(dim=1) < 1e-6).float().mean(),
-        "token_ratio": rollouts.token_ratio.mean(),
-        "visual_token_ratio": rollouts.visual_token_ratio.nanmean(),
-        "mean_length": lengths.mean(),
-        "truncated": rollouts.truncated.float().mean(),
-        "new_tokens": lengths.sum(),
-        "rollouts": len(rollouts.p),
-        "entropy": -(rollouts.logps.sum() / rollouts.completion_mask.sum().clamp_min(1)),
+        "token_ratio": facts.token_ratio.mean(),
+        "visual_token_ratio": facts.visual_token_ratio.nanmean(),
+        "mean_length": facts.length.mean(),
+        "truncated": facts.truncated.mean(),
+        "new_tokens": facts.length.sum(),
+        "rollouts": len(facts.p),
+        "entropy": -(facts.logps / facts.length.sum().clamp_min(1)),
     }
-    for budget in torch.unique(rollouts.p):
-        rows = rollouts.p == budget
+    for budget in torch.unique(facts.p):
+        rows = facts.p == budget
         name = f"p{float(budget):.3f}"
         metrics[f"{name}/accuracy"] = correct[rows].mean()
-        metrics[f"{name}/visual_token_ratio"] = rollouts.visual_token_ratio[rows].nanmean()
+        metrics[f"{name}/visual_token_ratio"] = facts.visual_token_ratio[rows].nanmean()
+        metrics[f"{name}/reward"] = total[rows].mean()
         metrics[f"{name}/advantage"] = advantages.flatten()[rows].mean()
-    for layer, ratio in enumerate(rollouts.layer_visual_ratio.nanmean(-1)):
+    for layer, ratio in enumerate(facts.layer_visual_ratio.nanmean(-1)):
         metrics[f"layer{layer:02d}/visual_token_ratio"] = ratio
     return {name: float(value) if isinstance(value, Tensor) else value for name, value in metrics.items()}
 
 
+def replay_metrics(differences: Tensor) -> dict[str, float]:
+    """Size of the |rollout − replay| differences of log-probabilities, (tokens,); about 0 where the replay is right."""
+    if differences.numel() == 0:
+        return {}
+    return {
+        "replay_max_difference": float(differences.max()),
+        "replay_mean_difference": float(differences.mean()),
+        **{
+            f"replay_q{name}_difference": float(differences.kthvalue(max(1, round(share * differences.numel()))).values)
+            for name, share in (("99", 0.99), ("999", 0.999))
+        },
+    }
+
+
 def sample_table(
-    rows: Sequence[Row], texts: Sequence[str], rollouts: Rollouts, rewards: Rewards, advantages: Tensor
+    rows: Sequence[Row], texts: Sequence[str], facts: Facts, rewards: Rewards, advantages: Tensor
 ) -> list[dict]:
     """One record per rollout of the first two queries: what was asked, answered, kept and earned."""
     group = rewards.correct.shape[1]
@@ -60,9 +74,9 @@ def sample_table(
                     "question": row.question,
                     "answer": row.answer,
                     "completion": texts[index],
-                    "p": round(float(rollouts.p[index]), 4),
-                    "token_ratio": float(rollouts.token_ratio[index]),
-                    "visual_token_ratio": float(rollouts.visual_token_ratio[index]),
+                    "p": round(float(facts.p[index]), 4),
+                    "token_ratio": float(facts.token_ratio[index]),
+                    "visual_token_ratio": float(facts.visual_token_ratio[index]),
                     "reward_correct": float(rewards.correct[query, place]),
                     "reward_efficiency": float(rewards.efficiency[query, place]),
                     "advantage": float(advantages[query, place]),

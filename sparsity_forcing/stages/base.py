@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def run(params: Params, root: Path) -> dict:
         write_json_atomic(root / "metrics/base.json", metrics)
         run.metrics({"base/parameters": metrics["parameters"]})
         run.artifact(root / BASE / "config.json")
+    shutil.rmtree(root / CHECKPOINTS, ignore_errors=True)  # only now: a failure above costs no training
     return metrics
 
 
@@ -78,7 +80,6 @@ def _train(params: Params, root: Path, run: Run) -> dict:
         model.save_pretrained(directory)
         processor.save_pretrained(directory)
         metrics = {**describe(directory), "seconds": round(seconds, 1), "validation": validation}
-    checkpoints.clear()
     return metrics
 
 

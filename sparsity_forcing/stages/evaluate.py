@@ -14,8 +14,9 @@ from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.evaluation.runner import Advance, Benchmark, Job, evaluate_rows
 from sparsity_forcing.evaluation.samples import read_samples, write_samples
 from sparsity_forcing.evaluation.table import AVERAGE, BenchmarkTable, benchmark_table, rich_table
-from sparsity_forcing.evaluation.tasks import write_tasks
+from sparsity_forcing.evaluation.tasks import score_code_digest, write_tasks
 from sparsity_forcing.files import write_json_atomic
+from sparsity_forcing.lineage import file_digest
 from sparsity_forcing.methods import rows_to_compare
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
@@ -23,7 +24,7 @@ from sparsity_forcing.stages.inputs import require_inputs
 from sparsity_forcing.tracking import Tracker
 
 TEST = Path("data/prepared/test.parquet")
-CHECKPOINTS = {"base": Path("models/base"), "policy": Path("models/policy")}
+MODELS = {"base": Path("models/base"), "policy": Path("models/policy")}
 TASKS, SAMPLES, METRICS = Path("evaluation/tasks"), Path("evaluation/samples.parquet"), Path("metrics/evaluate.json")
 MEASURES = ("accuracy", "accuracy_low", "accuracy_high", "token_ratio", "visual_token_ratio")
 CACHE = Path(".cache/evaluate")  # finished rows of a run that was killed
@@ -36,17 +37,18 @@ def run(params: Params, root: Path) -> dict:
         InputError: an input of the stage is missing.
         WorkerError: a row failed; the rows that are done are kept for the next run.
     """
-    require_inputs(root, {TEST: "prepare", CHECKPOINTS["base"]: "base", CHECKPOINTS["policy"]: "train"})
+    require_inputs(root, {TEST: "prepare", MODELS["base"]: "base", MODELS["policy"]: "train"})
+    tracker = Tracker(params.tracking, root)  # first: a store that cannot be used costs no evaluation
     benchmark = write_benchmark(params, root)
-    methods = rows_to_compare(params.sparsity, params.evaluate.budgets)
-    jobs = [Job(name, root / directory, method) for name, directory in CHECKPOINTS.items() for method in methods]
+    methods = rows_to_compare(params.sparsity, params.evaluate.budgets, params.evaluate.baselines)
+    jobs = [Job(name, root / directory, method) for name, directory in MODELS.items() for method in methods]
     with Progress("evaluate", len(jobs) * benchmark.questions) as progress:
         show = _Shown(progress)
         records = evaluate_rows(jobs, benchmark, root / CACHE, params.evaluate.workers, show.advance)
     write_samples(records, root / SAMPLES)
     samples = read_samples(root / SAMPLES)
     table = benchmark_table(samples)
-    log_rows(Tracker(params.tracking, root), table, samples, root)
+    log_rows(tracker, table, samples, root)
     metrics = table.model_dump(mode="json")
     write_json_atomic(root / METRICS, metrics)
     shutil.rmtree(root / CACHE, ignore_errors=True)
@@ -62,11 +64,11 @@ def write_benchmark(params: Params, root: Path) -> Benchmark:
         "limit": params.evaluate.limit,
     }
     tasks = write_tasks(read_rows(root / TEST), root / TASKS, **settings)
-    content = (root / TEST).read_bytes() + json.dumps(settings, sort_keys=True).encode()
+    content = [file_digest(root / TEST, "sha256"), settings, score_code_digest(settings["score"])]
     return Benchmark(
         directory=root / TASKS,
         tasks=tasks,
-        digest=hashlib.sha256(content).hexdigest(),
+        digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
         batch_size=params.evaluate.batch_size,
         dtype=params.model.dtype,
         device=params.model.device,

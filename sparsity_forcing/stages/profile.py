@@ -14,7 +14,6 @@ from sparsity_forcing.evaluation.profile import (
     summarize,
     tercile_lengths,
 )
-from sparsity_forcing.evaluation.profile_plots import write_plots
 from sparsity_forcing.files import replace_directory, write_json_atomic
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params
@@ -34,8 +33,14 @@ SUMMARIZED_BY = {
 
 
 def run(params: Params, root: Path) -> dict:
-    """Writes plots/profile/ (four CSV tables with their figures) and metrics/profile.json; returns the metrics."""
+    """Writes plots/profile/ (four CSV tables; the report draws them) and metrics/profile.json; returns the metrics.
+
+    Raises:
+        InputError: an input of the stage is missing.
+        ProfileError: there are too few validation rows.
+    """
     require_inputs(root, {VALIDATION: "prepare", BASE: "base"})
+    tracker = Tracker(params.tracking, root)  # first: a store that cannot be used costs no profile
     score = score_function(params.train.reward.correct)
     model, processor = load(root / BASE, dtype=params.model.dtype, device=params.model.device)
     lengths = _lengths(params, root, processor)
@@ -61,10 +66,9 @@ def run(params: Params, root: Path) -> dict:
     with replace_directory(root / PLOTS) as directory:
         for name, table in tables.items():
             table.to_csv(directory / f"{name}.csv", index=False, float_format="%.6g")
-        write_plots(summaries, directory, _caption(setting))
     metrics = {"setting": setting, **summaries}
     write_json_atomic(root / METRICS, metrics)
-    _log(params, root, summaries)
+    _log(tracker, root, summaries)
     return metrics
 
 
@@ -86,16 +90,8 @@ def _counting(progress: Progress):
     return advance
 
 
-def _caption(setting: dict[str, str]) -> str:
-    return (
-        f"base model, {setting['split']} questions, {setting['rule']}, {setting['scoring_rows']} scoring rows, "
-        f"{setting['prefill']} prefill, {setting['length']} prompts unless the figure says otherwise"
-    )
-
-
-def _log(params: Params, root: Path, summaries: dict[str, list[dict]]) -> None:
+def _log(tracker: Tracker, root: Path, summaries: dict[str, list[dict]]) -> None:
     """One MLflow run; the curves have p in thousandths as their step."""
-    tracker = Tracker(params.tracking, root)
     with tracker.run(stage="profile", name="profile base", params={"checkpoint": "base"}) as run:
         for point in summaries["by_budget"]:
             names = ("accuracy", "token_ratio", "visual_token_ratio")

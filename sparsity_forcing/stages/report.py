@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sparsity_forcing.files import write_json_atomic
+from sparsity_forcing.files import json_text, replace_file
 from sparsity_forcing.lineage import read_lineage
 from sparsity_forcing.params import Params
 from sparsity_forcing.reporting.build import build_report, write_report
@@ -19,26 +19,29 @@ from sparsity_forcing.tracking import Tracker
 def run(params: Params, root: Path) -> dict:
     """Writes reports/ (index.html, index.md, figures/) and metrics/report.json; returns the metrics.
 
+    The two are written together: if one cannot be, both are as they were before.
+
     Raises:
         TableError: metrics/evaluate.json is missing or damaged.
         ReportError: a file cannot be read, or the evaluation does not fit params.yaml.
     """
+    tracker = Tracker(params.tracking, root)
     inputs = read_inputs(root)
     found = find_headline(inputs.table, params, inputs.samples)
     console = Console()
     measured, example_ids = measure_all(params, root, inputs, lambda text: console.print(f"report: {text}"))
     metrics = report_metrics(found, measured)
-    tracker = Tracker(params.tracking, root)
     run_ids = tracker.latest_runs("evaluate")
     links = []
     if run_ids:
         links = [("Compare the evaluation runs in MLflow", tracker.compare_url(run_ids))]
         links.append(("All runs of this experiment", tracker.experiment_url()))
-    report = build_report(params, inputs, found, measured, example_ids, read_lineage(root), links, run_ids)
-    folder = root / "reports"
+    report = build_report(params, inputs, found, measured, example_ids, read_lineage(root, "report"), links, run_ids)
+    folder, metrics_path = root / "reports", root / "metrics/report.json"
     with tracker.run(stage="report", name="report", params={"sparse.p": params.sparsity.p}) as run:
-        write_report(report, folder)
-        write_json_atomic(root / "metrics" / "report.json", metrics)
+        with replace_file(metrics_path) as temporary:
+            temporary.write_text(json_text(metrics, metrics_path), encoding="utf-8")
+            write_report(report, folder)
         run.metrics(bench_metrics(metrics))
         run.artifact(folder, folder="report")
     console.print(headline_text(found), highlight=False)

@@ -6,17 +6,24 @@ import base64
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+import sparsity_kernels
+from accelerate import PartialState
 
 from sparsity_forcing.checkpoints import Checkpoints, fingerprint
 from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.files import replace_directory, replace_file, write_json_atomic
-from sparsity_forcing.models.load import load
+from sparsity_forcing.lineage import code_digest, hardware, versions
+from sparsity_forcing.models.load import load, pick_device
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.rl.trainer import Trainer
+from sparsity_forcing.rl.validation import VALIDATED
+from sparsity_forcing.scoring import score_source
 from sparsity_forcing.stages.inputs import require_inputs
 from sparsity_forcing.tracking import Run, Tracker
 
@@ -24,29 +31,83 @@ TRAIN, VALIDATION = Path("data/prepared/train.parquet"), Path("data/prepared/val
 BASE, POLICY = Path("models/base"), Path("models/policy")
 CURVES = Path("plots/train.csv")
 CHECKPOINTS = Path("checkpoints/train")
-VALIDATED = ("accuracy", "token_ratio", "visual_token_ratio")
+
+
+# The code that decides what comes out; the sparse kernels are added to it.
+CODE = ("attention", "generation", "models", "rl", "selection", "data/schema.py", "scoring.py")
+DECISIVE_PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "triton")
+# What may differ in the run that goes on from a checkpoint: how often it saves and shows, what memory it takes.
+INDIFFERENT = {
+    *("checkpoint_every", "keep_checkpoints", "log_samples_every", "validation_batch_size"),
+    *("micro_batch_prompts", "logits_chunk", "gradient_checkpointing"),
+}
 
 
 def run(params: Params, root: Path) -> dict:
     """Writes models/policy/, plots/train.csv and metrics/train.json; registers the policy; returns the metrics.
 
+    Under `accelerate launch` every process trains, on the device of its local rank; the main one does the rest.
+
     Raises:
         InputError: an input of the stage is missing.
         TrainingError, ModelError: the base or the parameters do not allow the training.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = params.train
     require_inputs(root, {BASE: "base", TRAIN: "prepare", VALIDATION: "prepare"})
-    base_files = tuple((root / BASE).glob("*.safetensors"))
-    settings = {
-        "train": config.model_dump(),
+    process = PartialState(cpu=pick_device(params.model.device).type == "cpu")
+    logging.basicConfig(level=logging.INFO if process.is_main_process else logging.ERROR, format="%(message)s")
+    tracker = Tracker(params.tracking, root) if process.is_main_process else None
+    checkpoints = Checkpoints(
+        root / CHECKPOINTS, identity(params, root, process.num_processes), params.train.keep_checkpoints
+    )
+    model, processor = load(root / BASE, params.model.dtype, str(process.device))
+    started = time.perf_counter()
+    with _recorded(tracker, params, root) as record:
+        with _Reporter(record, params.train.steps) as report:
+            trainer = Trainer(
+                model,
+                processor,
+                read_rows(root / TRAIN),
+                read_rows(root / VALIDATION),
+                params.train,
+                params.sparsity,
+                params.seed,
+                checkpoints,
+                report,
+            )
+            history = trainer.train()
+        metrics = _summary(history, trainer.best, time.perf_counter() - started, params)
+        if record is not None:
+            version = _hand_back(model, processor, history, metrics, root, tracker, record)
+    if record is not None:
+        checkpoints.clear()
+        print(_sentence(metrics, params, version))
+    return metrics
+
+
+def identity(params: Params, root: Path, processes: int) -> str:
+    """Names all that decides the weights that come out: a checkpoint of anything else is not resumed from."""
+    scorer = score_source(params.train.reward.correct)
+    code = [*CODE, Path(sparsity_kernels.__file__).parent, *([scorer] if scorer else [])]
+    decisive = {
+        "train": params.train.model_dump(exclude=INDIFFERENT),
         "sparsity": params.sparsity.model_dump(),
         "seed": params.seed,
         "dtype": params.model.dtype,
+        "processes": processes,
+        "code": code_digest(code),
+        "versions": versions(DECISIVE_PACKAGES),
     }
-    identity = fingerprint(settings, (*base_files, root / TRAIN, root / VALIDATION))
-    model, processor = load(root / BASE, params.model.dtype, params.model.device)
-    tracker = Tracker(params.tracking, root)
+    base = [path for path in (root / BASE).rglob("*") if path.is_file()]
+    return fingerprint(decisive, (*base, root / TRAIN, root / VALIDATION))
+
+
+@contextmanager
+def _recorded(tracker: Tracker | None, params: Params, root: Path) -> Iterator[Run | None]:
+    """The MLflow run of the main process; None in the others."""
+    if tracker is None:
+        yield None
+        return
+    config = params.train
     varied = {
         "method": "sparsity_forcing",
         "sparse.p": params.sparsity.p,
@@ -56,38 +117,23 @@ def run(params: Params, root: Path) -> dict:
         "num_generations": config.num_generations,
         "steps": config.steps,
     }
-    started = time.perf_counter()
     with tracker.run(stage="train", name="train", params=varied, tags={"prefill": params.sparsity.prefill}) as record:
         for split in (TRAIN, VALIDATION):
             record.dataset(root / split, name=f"{params.data.source}-{split.stem}", split=split.stem)
-        with Progress("train", config.steps) as progress:
-            reporter = _Reporter(record, progress)
-            trainer = Trainer(
-                model,
-                processor,
-                read_rows(root / TRAIN),
-                read_rows(root / VALIDATION),
-                config,
-                params.sparsity,
-                params.seed,
-                Checkpoints(root / CHECKPOINTS, identity, config.keep_checkpoints),
-                reporter,
-            )
-            history = trainer.train()
-        metrics = _summary(history, trainer.best, time.perf_counter() - started, params)
-        if trainer.accelerator.is_main_process:
-            with replace_directory(root / POLICY) as directory:
-                model.save_pretrained(directory)
-                processor.save_pretrained(directory)
-            with replace_file(root / CURVES) as temporary:
-                _curves(history).to_csv(temporary, index=False, float_format="%.6g")
-            write_json_atomic(root / "metrics/train.json", metrics)
-            record.metrics({f"eval/{name}": metrics["end"][name] for name in VALIDATED})
-            record.artifact(root / CURVES)
-            version = tracker.register_policy(root / POLICY, record.run_id, metrics["end"])
-            trainer.checkpoints.clear()
-            print(_sentence(metrics, params, version))
-    return metrics
+        yield record
+
+
+def _hand_back(model, processor, history: list[dict], metrics: dict, root: Path, tracker: Tracker, record: Run) -> str:
+    """Writes the outputs and registers the policy; returns its version."""
+    with replace_directory(root / POLICY) as directory:
+        model.save_pretrained(directory)
+        processor.save_pretrained(directory)
+    with replace_file(root / CURVES) as temporary:
+        _curves(history).to_csv(temporary, index=False, float_format="%.6g")
+    write_json_atomic(root / "metrics/train.json", metrics)
+    record.metrics({f"eval/{name}": metrics["end"][name] for name in VALIDATED})
+    record.artifact(root / CURVES)
+    return tracker.register_policy(root / POLICY, record.run_id, metrics["end"])
 
 
 def _sentence(metrics: dict, params: Params, version: str) -> str:
@@ -101,10 +147,19 @@ def _sentence(metrics: dict, params: Params, version: str) -> str:
 
 
 class _Reporter:
-    """Sends every step to the progress display and to MLflow."""
+    """Sends every step to the progress display and to MLflow, in the main process; elsewhere it is never called."""
 
-    def __init__(self, record: Run, progress: Progress) -> None:
-        self.record, self.progress = record, progress
+    def __init__(self, record: Run | None, steps: int) -> None:
+        self.record, self.progress = record, Progress("train", steps) if record is not None else None
+
+    def __enter__(self) -> _Reporter:
+        if self.progress is not None:
+            self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.progress is not None:
+            self.progress.__exit__(*error)
 
     def __call__(self, metrics: dict, samples: list[dict] | None) -> None:
         step = int(metrics["step"])
@@ -152,5 +207,5 @@ def _summary(history: list[dict], best: dict | None, seconds: float, params: Par
         "replay_max_difference": max(row.get("replay_max_difference", 0.0) for row in history),
         "skipped_steps": int(history[-1]["skipped_steps"]),
         "seed": params.seed,
-        "device": params.model.device,
+        "device": hardware(),
     }

@@ -48,7 +48,7 @@ def test_rows_grow_as_often_as_it_takes(layer):
 
 
 def test_a_full_cache_is_not_advanced(layer):
-    with pytest.raises(CapacityError, match="nothing was written"):
+    with pytest.raises(CapacityError, match="no room for 1 new entries"):
         layer.advance()
     assert layer.get_seq_length() == 6
 

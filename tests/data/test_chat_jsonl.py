@@ -7,11 +7,13 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sparsity_forcing.data.candidates import BadRow, Reason, SplitRule
 from sparsity_forcing.data.chat_jsonl import chat_jsonl_candidates, parse_line
+from sparsity_forcing.data.images import decode, read_image
 from sparsity_forcing.data.schema import Row
+from sparsity_forcing.models.prompts import to_pil
 
 RULE = SplitRule(seed=0, validation_share=0.1, test_share=0.2)
 IMAGE, TEXT = {"type": "image", "image": "a.png"}, {"type": "text", "text": "what is it?"}
@@ -60,9 +62,36 @@ def test_several_images_keep_their_order(folder):
     assert row.images[0] == (folder / "b.jpg").read_bytes()
 
 
-def test_an_absolute_path_may_lead_anywhere(folder, png):
-    row = parse(chat([{"type": "image", "image": str(folder.parent / "outside.png")}, TEXT]), folder)
+def test_an_absolute_path_may_lead_into_the_files_folder(folder, png):
+    row = parse(chat([{"type": "image", "image": str(folder / "a.png")}, TEXT]), folder)
     assert row.images == [png]
+    with pytest.raises(BadRow, match=r"path_outside.*where DVC would not see it change"):
+        parse(chat([{"type": "image", "image": str(folder.parent / "outside.png")}, TEXT]), folder)
+
+
+def test_questions_about_one_image_are_in_one_split(folder):
+    def split(number: int, image: str) -> str:
+        return parse(chat(f"question {number}?", images=[image], id=number), folder).split
+
+    assert {split(number, "a.png") for number in range(30)} == {split(0, "a.png")}
+    assert len({parse(chat(f"question {number}?"), folder).split for number in range(30)}) > 1
+
+
+@pytest.mark.parametrize("name", ["cut.png", "cut.jpg"])
+def test_a_cut_image_does_not_pass_even_where_another_library_lets_pillow_fill_it_up(folder, monkeypatch, name):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(BadRow, match="unreadable_image"):
+        read_image(folder / name)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_an_image_is_upright_whatever_its_format(folder):
+    turned, exif = Image.new("RGB", (80, 40)), Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by a quarter
+    for name in ("turned.jpg", "turned.png", "turned.webp"):
+        turned.save(folder / name, exif=exif)
+        image = read_image(folder / name)
+        assert decode(image).size == to_pil(image).size == (40, 80)
 
 
 def test_an_identical_line_has_the_same_id(folder):
@@ -132,6 +161,12 @@ def test_a_video_becomes_evenly_spaced_frames(folder):
         (chat("q", split=1), Reason.UNKNOWN_SPLIT, "split 1"),
         (chat("q", task=["vqa"]), Reason.UNKNOWN_TASK, "is not text"),
         (chat("q", frames_per_second="2"), Reason.BAD_NUMBER, "'2' is not a number"),
+        (chat("q", frames_per_second=10**400), Reason.BAD_NUMBER, "too large"),
+        (chat("q", id="\ud800"), Reason.UNENCODABLE_TEXT, "'id' holds half a character"),
+        (chat("q", note={"deep": ["\udfff"]}), Reason.UNENCODABLE_TEXT, "'note' holds half a character"),
+        (chat("q", **{"\ud800": 1}), Reason.UNENCODABLE_TEXT, "holds half a character"),
+        (chat("q", images=["x" * 300]), Reason.MISSING_IMAGE, "too long"),
+        (chat([{"type": "video", "video": "x" * 300}]), Reason.MISSING_IMAGE, "too long"),
     ],
 )
 def test_bad_lines_name_their_reason(values, reason, detail, folder):

@@ -28,7 +28,7 @@ def test_a_pandas_table_with_the_needed_columns_is_enough(tmp_path, png):
     path = tmp_path / "rows.parquet"
     pd.DataFrame({"id": [1, 2], "question": ["p", "q"], "answer": ["a", "b"], "images": [[png], []]}).to_parquet(path)
     assert found(path) == [
-        Row("1", RULE("1"), "user", "p", "a", [png], None, {}),
+        Row("1", RULE("1", [png]), "user", "p", "a", [png], None, {}),
         Row("2", RULE("2"), "user", "q", "b", [], None, {}),
     ]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections import Counter
-from contextlib import contextmanager
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from full_disk import files_at_most
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,6 +24,10 @@ from sparsity_forcing.files import replace_directory
 RULE = SplitRule(seed=0, validation_share=0.1, test_share=0.2)
 LIMITS = Limits(max_question_characters=40)
 SEVERAL_DUPLICATES = [json.dumps({"prompt": "q", "completion": "a", "id": "same", "n": n}) for n in range(3)]
+
+
+def video_question(path: str) -> dict:
+    return {"role": "user", "content": [{"type": "video", "video": path}, {"type": "text", "text": "q"}]}
 
 
 def good(**changes) -> Row:
@@ -63,24 +66,33 @@ def test_only_the_tasks_that_are_named_are_allowed():
         check_row(good(), Limits(40, ("ocr",)))
 
 
-def test_the_split_depends_on_seed_and_id_alone():
+def test_the_split_depends_on_seed_and_images_or_else_on_seed_and_id():
     counts = Counter(RULE(str(i)) for i in range(5000))
     assert counts["test"] == pytest.approx(1000, abs=120)
     assert counts["validation"] == pytest.approx(500, abs=90)
     other = SplitRule(1, 0.1, 0.2)
     assert [RULE(str(i)) for i in range(50)] != [other(str(i)) for i in range(50)]
+    for image in range(50):
+        assert len({RULE(str(i), [b"first", bytes([image])]) for i in range(20)}) == 1
+    assert {RULE("1", [bytes([image])]) for image in range(50)} == set(SPLITS)
 
 
+any_text = st.text(st.characters(exclude_categories=()), max_size=6)  # halves of characters too: JSON can hold them
+images = st.sampled_from([[], ["a.png"], ["cut.png"], ["gone.png"], ["../outside.png"], ["x" * 300 + ".png"]])
 lines = st.lists(
     st.one_of(
-        st.builds(
-            lambda question, answer, image, number: json.dumps(
-                {"prompt": question, "completion": answer, "images": image, "id": number}
-            ),
-            st.text(max_size=50),
-            st.text(max_size=5),
-            st.sampled_from([[], ["a.png"], ["cut.png"], ["gone.png"], ["../outside.png"]]),
-            st.none() | st.integers(0, 5),
+        st.fixed_dictionaries(
+            {"prompt": st.text(max_size=50) | any_text, "completion": any_text},
+            optional={
+                "images": images,
+                "id": st.none() | st.integers(0, 5) | any_text,
+                "split": st.sampled_from(["test", "dev"]),
+                "frames_per_second": st.none() | st.floats(0, 5) | st.sampled_from([10**400, -1]),
+                "source": any_text | st.dictionaries(any_text, any_text, max_size=2),
+            },
+        ).map(json.dumps),
+        st.sampled_from(["gone.mp4", "x" * 300 + ".mp4", "\ud800.mp4", "text.png"]).map(
+            lambda path: json.dumps({"prompt": [video_question(path)], "completion": "a"})
         ),
         st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=10),
         st.sampled_from(['{"prompt": NaN}', "{}", "[]", *SEVERAL_DUPLICATES]),
@@ -89,7 +101,7 @@ lines = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines)
 def test_every_line_ends_in_a_split_or_in_quarantine(folder, lines):
     path, prepared, quarantine = folder / "rows.jsonl", folder / "prepared", folder / "quarantine.parquet"
@@ -170,17 +182,6 @@ def test_metrics_count_what_is_there(tmp_path, png):
         "width": {"min": 24, "median": 24, "max": 24},
         "height": {"min": 16, "median": 16, "max": 16},
     }
-
-
-@contextmanager
-def files_at_most(size: int):
-    """The operating system refuses to let a file grow beyond ``size`` bytes: writes fail as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def noise(seed: int) -> bytes:

@@ -14,17 +14,21 @@ from pathlib import Path
 
 import pytest
 import yaml
+from imported_code import ROOT, imported_modules, module_file
 
 from sparsity_forcing.data.schema import Row, write_rows
+from sparsity_forcing.evaluation.runner import CODE
 from sparsity_forcing.evaluation.samples import read_samples
 from sparsity_forcing.evaluation.table import load_table
+from sparsity_forcing.evaluation.tasks import score_code_digest
 from sparsity_forcing.evaluation.workers import WorkerError
 from sparsity_forcing.params import Params, parse_params
 from sparsity_forcing.stages import evaluate
 from sparsity_forcing.stages.inputs import InputError
+from sparsity_forcing.tracking import TrackingError
 
 PARAMS = {
-    "model": {"name": "models/none", "device": "cpu"},
+    "model": {"name": "org/none", "device": "cpu"},
     "sparsity": {"p": 0.6, "protect_text": False},
     "evaluate": {"budgets": [0.3, 0.6], "batch_size": 5, "max_new_tokens": 6},
 }
@@ -164,6 +168,56 @@ def test_the_fingerprint_depends_on_everything_that_matters(fill, params, tmp_pa
     (root / "models/base/config.json").write_text(json.dumps(config | {"note": 1}))
     others.append(fingerprint(job, benchmark))
     assert len({same, *others}) == 1 + len(others)
+
+
+def test_the_fingerprint_depends_on_the_users_score_function_and_what_lies_beside_it(
+    fill, params, tmp_path, monkeypatch
+):
+    root = fill(tmp_path)
+    (root / "user_scores").mkdir()
+    (root / "user_scores/exact.py").write_text(
+        "from user_scores.helper import same\ndef score(said, answer): return float(same(said, answer))\n"
+    )
+    (root / "user_scores/helper.py").write_text("def same(said, answer): return said == answer\n")
+    monkeypatch.syspath_prepend(str(root))
+    mine = parse_params(PARAMS | {"train": {"reward": {"correct": "user_scores.exact:score"}}})
+
+    def digest() -> str:
+        return evaluate.write_benchmark(mine, root).digest
+
+    before = digest()
+    assert before == digest() != evaluate.write_benchmark(params, root).digest
+    (root / "user_scores/helper.py").write_text("def same(said, answer): return said.strip() == answer\n")
+    assert digest() != before
+
+
+def test_a_score_function_in_a_file_of_its_own_does_not_stand_for_its_neighbours(tmp_path, monkeypatch):
+    (tmp_path / "lone_score.py").write_text("def score(said, answer): return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = score_code_digest("lone_score:score")
+    (tmp_path / "neighbour.py").write_text("")
+    assert score_code_digest("lone_score:score") == before
+    (tmp_path / "lone_score.py").write_text("def score(said, answer): return 0.0\n")
+    assert score_code_digest("lone_score:score") != before
+    assert score_code_digest("anls") == ""
+
+
+def test_the_code_in_the_fingerprint_is_all_that_decides_an_answer():
+    """Every module that the workers run, but those that only carry the result."""
+    around = {"files", "lineage", "torchvision_ops", "stages.inputs"}
+    for start in ("evaluation.lmms_model", "evaluation.runner", "evaluation.task_functions"):
+        for module in imported_modules(start) - around:
+            path = module_file(module).relative_to(ROOT / "sparsity_forcing")
+            named = [Path(name) for name in CODE if not Path(name).is_absolute()]
+            assert any(path == name or name in path.parents for name in named), f"{module} is not in CODE"
+
+
+def test_a_store_that_cannot_be_used_costs_no_evaluation(fill, params, tmp_path, monkeypatch):
+    root = fill(tmp_path)
+    (root / "mlflow.db").write_text("not a database " * 100)
+    monkeypatch.setattr(evaluate, "evaluate_rows", lambda *_: pytest.fail("evaluated all the same"))
+    with pytest.raises(TrackingError, match="is damaged"):
+        evaluate.run(params, root)
 
 
 def wait_until(condition, seconds: float = 600.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from sparsity_forcing import sparse_attention
+from sparsity_forcing.data.schema import Row
 from sparsity_forcing.evaluation.runner import Benchmark, evaluate_model
 from sparsity_forcing.evaluation.samples import read_records, sample_records, write_samples
 from sparsity_forcing.evaluation.tasks import write_tasks
@@ -192,6 +194,24 @@ def test_text_only_questions_have_no_visual_ratio(tiny):
         assert answer.visual_token_ratio is None
         assert answer.layer_visual_ratio is None
         assert 0 < answer.token_ratio <= 1
+
+
+def test_a_turned_photograph_is_shown_as_training_shows_it(tmp_path):
+    """Written as a task, read back by `datasets`: upright, whoever applies the EXIF orientation."""
+    import datasets
+
+    from sparsity_forcing.evaluation.task_functions import doc_to_visual
+
+    photograph, exif, buffer = Image.new("RGB", (80, 40)), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # orientation: turn by a quarter
+    photograph.save(buffer, "JPEG", exif=exif)
+    row = Row("1", "test", "vqa", "what?", "it", [buffer.getvalue()])
+    [task] = write_tasks([row], tmp_path / "tasks", "exact_match", NEW_TOKENS)
+    loaded = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / f"tasks/{task.name}.parquet"), cache_dir=str(tmp_path / "cache")
+    )
+    [shown] = doc_to_visual(loaded["train"][0])
+    assert shown.size == to_pil(row.images[0]).size == (40, 80)
 
 
 def test_generation_arguments_of_tasks():

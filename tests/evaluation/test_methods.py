@@ -9,7 +9,7 @@ import torch
 
 from sparsity_forcing.methods import Full, Threshold, TopK, TopP, rows_to_compare, sparse_method
 from sparsity_forcing.models.prompts import encode_prompts
-from sparsity_forcing.params import SparsityParams
+from sparsity_forcing.params import Baseline, SparsityParams
 
 SETTINGS = SparsityParams(prefill="sparse", scoring_rows="all")
 METHODS = [Full(), TopP(0.5, SETTINGS), TopK(0.5, SETTINGS), Threshold(0.5, SETTINGS)]
@@ -47,6 +47,9 @@ def test_methods_travel_between_processes(method):
 
 def test_rows_to_compare_are_dense_and_the_rule_at_every_budget():
     assert rows_to_compare(SETTINGS, (0.94, 0.975)) == (Full(), TopP(0.94, SETTINGS), TopP(0.975, SETTINGS))
+    baselines = (Baseline(p=0.5), Baseline(rule="top_k", p=0.2))
+    expected = (Full(), TopP(0.975, SETTINGS), TopP(0.5, SETTINGS), TopK(0.2, SETTINGS))
+    assert rows_to_compare(SETTINGS, (0.975,), baselines) == expected
 
 
 @pytest.mark.parametrize("rule, kind", [("top_p", TopP), ("top_k", TopK), ("threshold", Threshold)])

@@ -1,4 +1,4 @@
-"""The profile: its tables against direct measurement, its figures, its stage."""
+"""The profile: its tables against direct measurement, its stage."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ from sparsity_forcing import sparse_attention
 from sparsity_forcing.data.digits import SPLITS
 from sparsity_forcing.data.schema import write_rows
 from sparsity_forcing.evaluation.intervals import wilson_interval
-from sparsity_forcing.evaluation.profile import Setting, digits_lengths, settings_to_profile, tercile_lengths
+from sparsity_forcing.evaluation.profile import (
+    ProfileError,
+    Setting,
+    digits_lengths,
+    settings_to_profile,
+    tercile_lengths,
+)
 from sparsity_forcing.models.prompts import encode_prompts
 from sparsity_forcing.params import DigitsParams, ProfileParams, parse_params
 from sparsity_forcing.stages import profile
 from sparsity_forcing.stages.inputs import InputError
+from sparsity_forcing.tracking import TrackingError
 
 BUDGETS = [0.3, 0.6, 1.0]
 PARAMS = {
-    "model": {"name": "models/none", "device": "cpu"},
+    "model": {"name": "org/none", "device": "cpu"},
     "sparsity": {"p": 0.6, "protect_text": False},
     "evaluate": {"budgets": [0.6]},
     "profile": {
@@ -98,14 +105,6 @@ def test_summaries_are_means_over_questions_with_intervals(done):
         assert ratios[length, 0.3] < ratios[length, 0.6] < ratios[length, 1.0] == 1.0
 
 
-def test_a_figure_per_table(done):
-    root, _ = done
-    for name in profile.SUMMARIZED_BY:
-        svg = (root / f"plots/profile/{name}.svg").read_text()
-        assert svg.rstrip().endswith("</svg>")
-        assert svg.count("<path") > 20
-
-
 def test_digits_lengths_are_new_canvases_of_validation_scans():
     lengths = digits_lengths(DigitsParams(), [12, 6, 8], rows=6, seed=0)
     assert list(lengths.groups) == ["6x6", "8x8", "12x12"]
@@ -130,7 +129,7 @@ def test_terciles_of_the_users_rows_are_ordered_by_prompt_length(tiny, rows):
     assert max(short) <= min(medium)
     assert max(medium) <= min(long)
     assert max(short) < min(long)
-    with pytest.raises(ValueError, match="at least 3 validation rows, got 2"):
+    with pytest.raises(ProfileError, match=r"at least 3 validation rows, got 2; .*data\.user\.validation_share"):
         tercile_lengths(asked[:2], tiny.processor, rows=3, seed=0)
 
 
@@ -144,6 +143,15 @@ def test_the_deployed_scoring_rows_are_measured_once():
 
 def test_missing_inputs_are_named(tmp_path):
     with pytest.raises(InputError, match=r"validation\.parquet \(made by stage prepare\)"):
+        profile.run(parse_params(PARAMS), tmp_path)
+
+
+def test_a_store_that_cannot_be_used_costs_no_profile(done, tmp_path, monkeypatch):
+    for folder in ("models", "data"):
+        (tmp_path / folder).symlink_to(done[0] / folder)
+    (tmp_path / "mlflow.db").write_text("not a database " * 100)
+    monkeypatch.setattr(profile, "profile_model", lambda *_, **__: pytest.fail("profiled all the same"))
+    with pytest.raises(TrackingError, match="is damaged"):
         profile.run(parse_params(PARAMS), tmp_path)
 
 

@@ -1,10 +1,11 @@
 """Score functions by hand-made cases, the known ways to cheat among them."""
 
 import math
+from pathlib import Path
 
 import pytest
 
-from sparsity_forcing.scoring import SCORE_FUNCTIONS, ScoreError, score_function
+from sparsity_forcing.scoring import SCORE_FUNCTIONS, ScoreError, score_function, score_source
 
 
 def returns_two(prediction: str, answer: str) -> float:
@@ -13,6 +14,10 @@ def returns_two(prediction: str, answer: str) -> float:
 
 def returns_nan(prediction: str, answer: str) -> float:
     return math.nan
+
+
+def breaks(prediction: str, answer: str) -> float:
+    return 1 / len(answer)
 
 
 def always_right(prediction: str, answer: str) -> float:
@@ -92,6 +97,20 @@ def test_an_unusable_name_is_an_error_that_names_it(name, message):
     with pytest.raises(ScoreError, match=message) as error:
         score_function(name)
     assert repr(name) in str(error.value)
+
+
+def test_an_error_of_the_users_function_names_it_and_what_it_was_given():
+    with pytest.raises(ScoreError, match=r"test_scoring:breaks' raised ZeroDivisionError: .* the prediction 'x'"):
+        score_function(f"{__name__}:breaks")("x", "")
+
+
+@pytest.mark.parametrize("name", [*SCORE_FUNCTIONS, "math:gcd"])
+def test_functions_without_a_file_of_their_own_have_no_source(name):
+    assert score_source(name) is None
+
+
+def test_the_source_of_the_users_function_is_its_file():
+    assert score_source(f"{__name__}:always_right") == Path(__file__)
 
 
 @pytest.mark.parametrize("function", ["returns_two", "returns_nan"])

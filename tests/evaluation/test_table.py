@@ -56,6 +56,14 @@ def test_a_row_per_benchmark_and_a_pooled_one_per_method():
         table.find("top-p", "policy", 0.975)
 
 
+def test_the_sparsest_row_that_keeps_the_accuracy():
+    table = benchmark_table(samples())
+    assert table.sparsest("base", 0.1).method == "Full"
+    assert table.sparsest("base", 0.25).method == "top-p"  # 0.5 against 0.75
+    text_only = benchmark_table(samples().assign(visual_token_ratio=np.nan))
+    assert text_only.sparsest("base", 0.25).token_ratio == pytest.approx(0.7)
+
+
 def test_the_file_is_read_back_as_written(tmp_path):
     table = benchmark_table(samples())
     path = tmp_path / "evaluate.json"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 
 import pytest
 import torch
+from full_disk import files_at_most
 from killed import kill_stage
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from sparsity_forcing.models.families import ModelError, UnsupportedModelError
 from sparsity_forcing.params import parse_params
 from sparsity_forcing.stages import base
+from sparsity_forcing.tracking import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,27 +66,46 @@ def test_below_the_accuracy_that_is_asked_for_the_old_model_stays(workspace):
     assert metrics["validation"]["n"] == 12
 
 
+def steps_of(monkeypatch, params: dict, workspace) -> list[int]:
+    """Runs the stage; the steps that it trained."""
+    steps = []
+    monkeypatch.setattr(base.Progress, "advance", lambda self, done, **_: steps.append(done))
+    base.run(parse_params(params), workspace)
+    return steps
+
+
 def test_a_full_disk_leaves_the_old_model_and_the_training(workspace, monkeypatch):
     (workspace / "models/base").mkdir(parents=True)
     (workspace / "models/base/old").touch()
+    save = Qwen2_5_VLForConditionalGeneration.save_pretrained
 
-    def full(self, directory, **_):
-        (directory / "model.safetensors").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(self, directory, **settings):
+        with files_at_most(100_000):
+            save(self, directory, **settings)
 
     with monkeypatch.context() as patched:
         patched.setattr(Qwen2_5_VLForConditionalGeneration, "save_pretrained", full)
-        with pytest.raises(OSError, match="No space left") as caught:
+        with pytest.raises(OSError, match="as on a full disk") as caught:
             base.run(parse_params(scratch()), workspace)
     assert "models/base, which is as it was before" in " ".join(caught.value.__notes__)
     assert list(contents(workspace / "models/base")) == ["old"]
     assert [path.name for path in (workspace / "models").iterdir()] == ["base"]
 
-    steps = []
-    monkeypatch.setattr(base.Progress, "advance", lambda self, done, **_: steps.append(done))
-    base.run(parse_params(scratch()), workspace)
-    assert steps == []
+    assert steps_of(monkeypatch, scratch(), workspace) == []
     assert "config.json" in contents(workspace / "models/base")
+
+
+def test_a_failure_after_the_model_is_written_costs_no_training(workspace, monkeypatch):
+    def away(*_) -> None:
+        raise OSError(errno.ECONNRESET, "server went away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "artifact", away)
+        with pytest.raises(OSError, match="server went away"):
+            base.run(parse_params(scratch()), workspace)
+    assert (workspace / "checkpoints/base").exists()
+    assert steps_of(monkeypatch, scratch(), workspace) == []
+    assert not (workspace / "checkpoints/base").exists()
 
 
 def test_a_directory_is_taken_as_it_is(workspace, model_directory):

@@ -6,9 +6,13 @@ import math
 
 import pytest
 import torch
+from full_disk import files_at_most
+from imported_code import ROOT, imported_modules, module_file
 
 from sparsity_forcing.checkpoints import Checkpoints
 from sparsity_forcing.data.digits import COLOURS, corpus
+from sparsity_forcing.files import WriteError
+from sparsity_forcing.models import pretrain as training
 from sparsity_forcing.models.families import ModelError
 from sparsity_forcing.models.pretrain import (
     CurriculumBatches,
@@ -133,6 +137,49 @@ def test_a_change_of_the_rendering_is_another_configuration(processor, monkeypat
     before = configuration_fingerprint(fresh(processor), processor, PARAMS, 0)
     monkeypatch.setitem(COLOURS, "red", (0.9, 0, 0))
     assert configuration_fingerprint(fresh(processor), processor, PARAMS, 0) != before
+
+
+def test_a_change_of_the_code_or_of_a_package_is_another_configuration(processor, monkeypatch, tmp_path):
+    def key() -> str:
+        return configuration_fingerprint(fresh(processor), processor, PARAMS, 0)
+
+    keys = [key()]
+    module = tmp_path / "loss.py"
+    for text in ("a = 1", "a = 2"):
+        module.write_text(text)
+        monkeypatch.setattr(training, "CODE", (module,))
+        keys.append(key())
+    monkeypatch.setattr(training, "versions", lambda packages: dict.fromkeys(packages, "another"))
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_code_in_the_fingerprint_is_all_that_decides_the_weights():
+    """Every module that training runs, but those that only carry the result; families names an error, tiny's work (the
+    initial weights, the tokenizer) and params' values are in the fingerprint themselves."""
+    around = {"files", "lineage", "checkpoints", "params", "models", "models.families", "models.tiny"}
+    named = {ROOT / "sparsity_forcing" / name for name in training.CODE}
+    files = {module_file(module) for module in imported_modules("models.pretrain") - around}
+    assert files - {ROOT / "sparsity_forcing/data/__init__.py"} == named
+
+
+def test_a_full_disk_under_a_checkpoint_leaves_the_ones_before(processor, tmp_path):
+    checkpoints = Checkpoints(tmp_path, "key")
+    with pytest.raises(StoppedError):
+        pretrain(fresh(processor), processor, PARAMS, 0, checkpoints, stopped_after(3))
+    with files_at_most(100_000), pytest.raises(WriteError, match="as on a full disk") as caught:
+        pretrain(fresh(processor), processor, PARAMS, 0, checkpoints)
+    assert "step-000004, which was not written" in caught.value.__notes__[0]
+    assert checkpoints.latest()[0] == 2
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["step-000002"]
+
+
+def test_the_smallest_vision_heads_that_are_allowed_are_built(processor):
+    with pytest.raises(ValueError, match="vision_hidden_size must be a multiple of 4"):
+        ScratchModel(layers=1, vision_hidden_size=20, vision_heads=10)
+    model = build_model(ScratchModel(layers=1, vision_hidden_size=8, vision_heads=2), processor.tokenizer, 0).eval()
+    rows = validation_questions(PARAMS.curriculum[-1], count=1, seed=0)
+    assert len(generate_answers(model, processor, rows)) == 1
 
 
 def test_a_diverging_run_says_so_and_saves_nothing_bad(processor, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import re
 from pathlib import Path
@@ -10,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from dvc.repo import Repo
+from imported_code import imported_modules, module_file
 
+from sparsity_forcing import places
 from sparsity_forcing.params import Params
 from sparsity_forcing.stages import STAGES
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 DECLARED = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # How outputs are written, recorded and shown, and which stage comes when; not what is in the outputs.
 AROUND = {"files", "lineage", "tracking", "progress", "checkpoints", "stages", "stages.inputs", "torchvision_ops"}
+USERS_OWN = {"user_data": ["prepare"], "user_models": ["base"], "user_code": ["profile", "train", "evaluate"]}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,8 @@ def test_a_parameter_makes_stale_what_depends_on_it(restored, key, value, expect
     "path, expected",
     [
         ("user_data/train.jsonl", {"prepare"}),
+        ("user_models/mine.safetensors", {"base"}),
+        ("user_code/scores.py", {"profile", "train", "evaluate"}),
         ("sparsity_forcing/rl/loss.py", {"train"}),
         ("sparsity_forcing/reporting/plots.py", {"report"}),
         ("sparsity_forcing/selection/rules.py", {"profile", "train", "evaluate", "report"}),
@@ -124,6 +128,13 @@ def test_a_stage_declares_all_the_code_it_runs(stage):
     assert missing == []
 
 
+def test_the_folders_that_params_may_name_are_dependencies():
+    named = {folder: [stage for stage in STAGES if folder in DECLARED[stage]["deps"]] for folder in USERS_OWN}
+    assert named == USERS_OWN
+    assert set(USERS_OWN) == {places.DATA, places.MODELS, places.CODE}
+    assert {Path(out).parts[0] for stage in STAGES for out in outputs(stage)} <= set(places.OUTPUTS)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_declares_all_the_parameters_it_reads(stage):
     read = set(re.findall(r"\bparams\.([a-z_]+)\b", module_file(f"stages.{stage}").read_text(encoding="utf-8")))
@@ -146,31 +157,3 @@ def outputs(stage: str) -> set[str]:
 def covers(dep: str, module: str) -> bool:
     path = module_file(module).relative_to(ROOT)
     return path == Path(dep) or Path(dep) in path.parents
-
-
-def module_file(module: str) -> Path:
-    path = ROOT / "sparsity_forcing" / Path(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-
-
-def imported_modules(start: str) -> set[str]:
-    """Modules of the package, by name below it, that ``start`` needs; packages stand for their __init__."""
-    seen, waiting = set(), [start]
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        for node in ast.walk(ast.parse(module_file(module).read_text(encoding="utf-8"))):
-            waiting += [name for name in imported_names(node) if module_file(name).exists()]
-    return seen
-
-
-def imported_names(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom) and node.module:
-        names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    else:
-        return []
-    return [name.removeprefix("sparsity_forcing.") for name in names if name.startswith("sparsity_forcing.")]

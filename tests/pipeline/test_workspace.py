@@ -103,6 +103,30 @@ def test_a_key_that_dvc_needs_written_out_is_named_before_dvc_removes_outputs(to
         check_workspace(root)
 
 
+def test_files_that_dvc_does_not_see_are_refused_before_anything_runs(toy_workspace):
+    root = toy_workspace("touch out")
+    values = yaml.safe_load((root / "params.yaml").read_text())
+    data = {"source": "chat_jsonl", "user": {"path": "/tmp/rows.jsonl"}}
+    (root / "params.yaml").write_text(yaml.safe_dump(values | {"data": data}))
+    with pytest.raises(ParamsError, match=r"data\.user\.path.* is not in user_data/"):
+        check_workspace(root)
+
+
+def test_a_model_that_was_put_among_the_outputs_is_refused_and_still_there(smoke_workspace):
+    """Also by `dvc repro` itself, which removes the outputs of a stage before it starts it."""
+    model = smoke_workspace / "models/base/model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.write_text("weights that exist nowhere else")
+    path = smoke_workspace / "params.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"model": {"name": "models/base"}}))
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "base"], cwd=smoke_workspace, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "is inside models/" in done.stderr
+    assert model.read_text() == "weights that exist nowhere else"
+
+
 def test_a_damaged_lock_file_is_named(toy_workspace):
     root = toy_workspace("echo x > out")
     check_workspace(root)

@@ -42,6 +42,8 @@ def test_every_row_is_a_line_with_its_numbers():
     assert "| base | dense | – | 93.0% (91.0–95.0) | 100.0% | 100.0% |" in block
     assert "| policy | top-p | 0.975 | 92.0% (90.0–94.0) | 31.0% | 31.0% |" in block
     assert "10 steps of 64 rollouts in 1 min 5 s" in block
+    base, policy = "the untrained base with dense (100.0% kept", "the policy with top-p at p = 0.975 (31.0% kept"
+    assert f"the sparsest are {base}, 93.0% right) and {policy}, 92.0% right)" in block
 
 
 def test_every_case_is_a_line_and_what_was_not_measured_says_so():

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from killed import kill_stage
 from mlflow import MlflowClient
 
-from sparsity_forcing.evaluation.table import TableError
+from sparsity_forcing.data.schema import read_rows, write_rows
+from sparsity_forcing.evaluation.samples import write_samples
+from sparsity_forcing.evaluation.table import TableError, benchmark_table
+from sparsity_forcing.lineage import dvc_md5
+from sparsity_forcing.params import parse_params
 from sparsity_forcing.reporting.content import BASE_ARM, DENSE_ARM, POLICY_ARM
+from sparsity_forcing.stages import report
 from sparsity_forcing.stages.report import run
 from sparsity_forcing.tracking import Tracker, tracking_uri
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -60,6 +70,49 @@ def test_without_models_the_report_says_so(report_params, ready):
     assert "models/policy is not there" in metrics["not_measured"]["efficiency"]
     assert "decode" not in metrics
     assert "not measured.</strong> models/base is not there" in (ready / "reports/index.html").read_text()
+
+
+def test_text_only_rows_have_no_visual_ratio_and_do_not_break_the_report(report_params, ready):
+    rows = [replace(row, images=[], meta={}) for row in read_rows(ready / "data/prepared/test.parquet")]
+    write_rows(rows, ready / "data/prepared/test.parquet")
+    samples = pd.read_parquet(ready / "evaluation/samples.parquet")
+    text_only = samples.assign(visual_tokens=0, visual_token_ratio=None, layer_visual_ratio=None)
+    write_samples(text_only.to_dict("records"), ready / "evaluation/samples.parquet")
+    table = benchmark_table(text_only).model_dump(mode="json")
+    (ready / "metrics/evaluate.json").write_text(json.dumps(table))
+    source = {"source": "chat_jsonl", "user": {"path": "user_data/rows.jsonl"}}
+    params = parse_params(report_params.model_dump(mode="json") | {"data": source})
+
+    metrics = run(params, ready)
+    assert json.loads((ready / "metrics/report.json").read_text()) == metrics
+    arms = metrics["efficiency"]["visual_tokens_0"]["arms"]
+    assert {name: arm["visual_token_ratio"] for name, arm in arms.items()} == dict.fromkeys(arms)
+    assert "| **policy, sparse** | **not measured** |" in (ready / "reports/index.md").read_text()
+
+
+def test_the_report_and_its_metrics_are_written_together_or_not_at_all(report_params, ready, monkeypatch):
+    old = {ready / "reports/index.html": "the report before", ready / "metrics/report.json": "the metrics before"}
+    for path, text in old.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(report, "report_metrics", lambda *_: {"decode": float("nan")})
+    with pytest.raises(ValueError, match=r"report\.json cannot be written as JSON"):
+        run(report_params, ready)
+    assert {path: path.read_text() for path in old} == old
+    assert [path.name for path in (ready / "reports").iterdir()] == ["index.html"]
+
+
+def test_the_report_names_what_it_read_and_not_the_report_before(report_params, ready):
+    shutil.copy(ROOT / "dvc.yaml", ready)
+    (ready / "reports").mkdir()
+    (ready / "reports/index.html").write_text("the report before")
+    run(report_params, ready)
+    page = (ready / "reports/index.md").read_text()
+    lineage = page[page.index("## Lineage") :]
+    assert f"| evaluation/samples.parquet | {dvc_md5(ready / 'evaluation/samples.parquet')} |" in lineage
+    assert f"| models/policy | {dvc_md5(ready / 'models/policy')} |" in lineage
+    assert "| reports" not in lineage
+    assert "metrics/report.json" not in lineage
 
 
 def test_without_an_evaluation_nothing_is_written(report_params, ready):

@@ -43,10 +43,15 @@ def cut_short(rollouts: Rollouts, lengths: list[int]) -> Rollouts:
     return replace(rollouts, completion_mask=mask, logps=rollouts.logps.masked_fill(~mask, 0.0))
 
 
-def replayed(model, prompts: Prompts, rollouts: Rollouts, group: int, settings: SparsityParams, sigma: float = 0.0):
+def replay_of(model, settings: SparsityParams, sigma: float = 0.0, **memory) -> Replay:
+    return Replay(model, settings, TEMPERATURE, suppressed(model), sigma, **memory).train()
+
+
+def replayed(
+    model, prompts: Prompts, rollouts: Rollouts, group: int, settings: SparsityParams, sigma: float = 0.0, **memory
+):
     """What the update pass computes: log-probabilities, and log-densities of the selection."""
-    temperature = TEMPERATURE
-    return Replay(model, settings, temperature, suppressed(model), sigma).train()(prompts, rollouts, group)
+    return replay_of(model, settings, sigma, **memory)(prompts, rollouts, group)
 
 
 def gradients(model, *objectives: Tensor) -> dict[str, Tensor]:
@@ -59,6 +64,10 @@ def gradients(model, *objectives: Tensor) -> dict[str, Tensor]:
 def always_right(prediction: str, answer: str) -> float:
     """A score function for `reward.correct`."""
     return 1.0
+
+
+def never_right(prediction: str, answer: str) -> float:
+    return 0.0
 
 
 def wants_seven(prediction: str, answer: str) -> float:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsity_forcing.params import SelectionPolicyParams, TrainParams
-from sparsity_forcing.rl.loss import LossInputs, aggregate, grpo_loss
+from sparsity_forcing.rl.loss import LossInputs, Totals, aggregate, grpo_loss
+from sparsity_forcing.rl.metrics import replay_metrics
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 NO_SELECTION = torch.zeros(0, 1)
@@ -189,15 +190,40 @@ def test_on_policy_the_loss_is_zero_and_its_gradient_is_not():
     still = logps.detach()
     empty = torch.zeros(0, 4)
     mask = torch.ones(4, 3, dtype=torch.bool)
-    loss, metrics = grpo_loss(LossInputs(logps, still, still, mask, advantages, empty, empty, empty), params())
+    loss, _ = grpo_loss(LossInputs(logps, still, still, mask, advantages, empty, empty, empty), params())
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-7)
     torch.testing.assert_close(torch.autograd.grad(loss, logps)[0], -advantages[:, None].expand(4, 3) / 12)
-    assert float(metrics["replay_max_difference"]) == 0
 
 
-def test_the_replay_difference_is_reported_over_real_tokens():
+def part_of(inputs: LossInputs, rows: slice) -> LossInputs:
+    layered = ("selection_logps", "old_selection_logps", "selection_advantages")
+    return LossInputs(**{k: v[:, rows] if k in layered else v[rows] for k, v in vars(inputs).items()})
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_parts_of_a_step_add_up_to_it(loss_type, size):
     inputs = random_inputs()
-    metrics = grpo_loss(inputs, params())[1]
-    difference = (inputs.per_token_logps - inputs.old_logps).abs()[inputs.completion_mask]
-    assert float(metrics["replay_max_difference"]) == pytest.approx(float(difference.max()))
-    assert float(metrics["replay_mean_difference"]) == pytest.approx(float(difference.mean()), rel=1e-5)
+    config = params(loss_type=loss_type)
+    whole, metrics = grpo_loss(inputs, config)
+    totals = Totals(8, int(inputs.completion_mask.sum()))
+    parts = [grpo_loss(part_of(inputs, slice(i, i + size)), config, totals) for i in range(0, 8, size)]
+    total = sum(loss for loss, _ in parts)
+    torch.testing.assert_close(total, whole)
+    for name, value in metrics.items():
+        torch.testing.assert_close(sum(found[name] for _, found in parts), value)
+    leaves = (inputs.per_token_logps, inputs.selection_logps)
+    for found, expected in zip(torch.autograd.grad(total, leaves), torch.autograd.grad(whole, leaves), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_replay_differences_are_reported_with_their_tail():
+    metrics = replay_metrics(torch.arange(1000.0).flip(0))
+    assert metrics == {
+        "replay_max_difference": 999,
+        "replay_mean_difference": 499.5,
+        "replay_q99_difference": 989,
+        "replay_q999_difference": 998,
+    }
+    assert replay_metrics(torch.zeros(0)) == {}
+    assert replay_metrics(torch.ones(1))["replay_q99_difference"] == 1

@@ -12,6 +12,7 @@ from scenes import (
     cut_short,
     gradients,
     prompts_of,
+    replay_of,
     replayed,
     rollouts_of,
     suppressed,
@@ -19,8 +20,8 @@ from scenes import (
 from tiny_prompts import encode, extend, mixed_questions, sharp_model
 
 from sparsity_forcing.attention.api import decoder_attention
+from sparsity_forcing.models.families import FAMILIES
 from sparsity_forcing.params import SparsityParams
-from sparsity_forcing.rl.replay import reference_logps
 
 GROUP = 2
 BUDGETS = torch.tensor([0.5, 0.8]).repeat(4)
@@ -54,7 +55,7 @@ def test_replay_gives_the_log_probabilities_of_the_rollout(policy, prefill, scor
     torch.testing.assert_close(selection, rollouts.selection_logps, rtol=1e-6, atol=1e-6)
     assert selection.shape == ((2, 8) if sigma else (0, 8))
 
-    dense = reference_logps(model, prompts, rollouts, group, TEMPERATURE, suppressed(model))
+    dense = replay_of(model, settings).reference_logps(model, prompts, rollouts, group)
     assert (dense - rollouts.logps)[rollouts.completion_mask].abs().max() > 1e-3  # a dense update would be off
 
 
@@ -111,12 +112,74 @@ def test_the_cut_leaves_the_gradient_as_it_is(policy, monkeypatch):
     assert found["model.visual.patch_embed.proj.weight"].abs().max() > 0  # through the prefix to the pixels
 
 
+def objective_and_gradients(model, inputs, settings: SparsityParams, **memory):
+    prompts, rollouts, group = inputs
+    logps, selection = replayed(model, prompts, rollouts, group, settings, sigma=0.5, **memory)
+    weights = torch.linspace(-1, 1, len(rollouts.p), dtype=logps.dtype)
+    objectives = (logps.mean(-1) @ weights, (selection @ weights).sum())
+    return logps, selection, gradients(model, *objectives)
+
+
+@pytest.mark.parametrize("prefill, scoring_rows", KINDS)
+def test_gradient_checkpointing_leaves_every_bit_as_it_is(policy, prefill, scoring_rows):
+    model, processor = policy
+    settings = kind(prefill, scoring_rows)
+    inputs = scene(model, processor, settings, sigma=0.5)
+    plain, again = (objective_and_gradients(model, inputs, settings, gradient_checkpointing=on) for on in (False, True))
+    assert torch.equal(again[0], plain[0])
+    assert torch.equal(again[1], plain[1])
+    assert again[2].keys() == plain[2].keys()
+    assert all(torch.equal(again[2][name], value) for name, value in plain[2].items())
+
+
+def test_gradient_checkpointing_keeps_no_activations_of_layers(policy):
+    model, processor = policy
+    inputs = scene(model, processor, SparsityParams(), sigma=0.5)
+
+    def kept_for_backward(on: bool) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            replayed(model, *inputs, SparsityParams(), sigma=0.5, gradient_checkpointing=on)
+        return sum(sizes)
+
+    assert kept_for_backward(True) < kept_for_backward(False) / 3
+    assert all("forward" not in vars(module) for module in model.modules())  # the layers are themselves again
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saving_memory_changes_nothing_in_any_family(family):
+    model, processor = sharp_model(family)
+    settings = SparsityParams()
+    with decoder_attention(model):
+        inputs = scene(model, processor, settings, sigma=0.5)
+        plain = objective_and_gradients(model, inputs, settings)
+        small = objective_and_gradients(model, inputs, settings, logits_chunk=7, gradient_checkpointing=True)
+        dense, small_dense = (
+            replay_of(model, settings, logits_chunk=size).reference_logps(model, *inputs) for size in (None, 7)
+        )
+    torch.testing.assert_close(small[0], plain[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(small_dense, dense, rtol=1e-12, atol=1e-12)
+    assert torch.equal(small[1], plain[1])
+    assert_same(small[2], plain[2])
+
+
+def test_only_completion_tokens_have_logits_and_a_chunk_at_a_time(policy):
+    model, processor = policy
+    inputs = scene(model, processor, SparsityParams(), sigma=0.0)
+    rows = []
+    with model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[:-1].numel())):
+        replayed(model, *inputs, SparsityParams(), logits_chunk=7)
+    _prefix, *chunks = rows
+    assert chunks == [7, 7, 7, 7, 2]
+    assert sum(chunks) == sum(LENGTHS)
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava"])
 def test_the_reference_is_plain_transformers(family):
     model, processor = sharp_model(family)
     with decoder_attention(model):
         prompts, rollouts, group = scene(model, processor, SparsityParams(), 0.0)
-        found = reference_logps(model, prompts, rollouts, group, TEMPERATURE, suppressed(model))
+        found = replay_of(model, SparsityParams()).reference_logps(model, prompts, rollouts, group)
     repeated = encode(processor, [question for question in mixed_questions() for _ in range(GROUP)])
     with torch.no_grad():
         logits = model(**extend(repeated, rollouts.completions, rollouts.completion_mask)).logits

@@ -52,7 +52,8 @@ def test_advantages_of_a_group_sum_to_zero_and_follow_its_rewards(group):
     total = joint_rewards(correct, torch.tensor([[tau for _, tau in group]])).total
     for scale in ("group", "batch", "none"):
         advantages = group_advantages(total, scale)
-        assert abs(float(advantages.sum())) < 1e-3
+        rounding = 1.2e-7 / 1e-4  # of a mean of equal rewards, over the least deviation that is divided by
+        assert abs(float(advantages.mean())) < 1.1 * rounding
         order = total[0].argsort(stable=True)
         assert (advantages[0][order].diff() >= 0).all()
 

@@ -21,9 +21,11 @@ from transformers import AutoModelForImageTextToText
 
 from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import write_rows
-from sparsity_forcing.params import DigitsParams, load_params
+from sparsity_forcing.lineage import hardware
+from sparsity_forcing.params import DigitsParams, load_params, parse_params
+from sparsity_forcing.stages import train as train_stage
 from sparsity_forcing.stages.inputs import InputError
-from sparsity_forcing.stages.train import run
+from sparsity_forcing.stages.train import identity, run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
@@ -111,6 +113,75 @@ def test_killed_and_stopped_and_started_again_it_ends_with_the_same_policy(prepa
     assert not (prepared / "checkpoints/train").exists()
     assert not list(prepared.rglob("*.tmp*"))
     AutoModelForImageTextToText.from_pretrained(prepared / "models/policy")
+
+
+def changed(workspace: Path, **values: object):
+    """The parameters of the workspace with some of `train` replaced."""
+    params = yaml.safe_load((workspace / "params.yaml").read_text())
+    params["train"] |= values
+    return parse_params(params)
+
+
+DIFFERENT = [
+    {"beta": 0.2},
+    {"validate_every": 3},  # decides which weights are chosen
+    {"reward": {"correct": "scenes:always_right"}},
+    {"selection_policy": {"sigma": 0.1}},
+    {"rollout_prompts": 1},  # other noise
+]
+INDIFFERENT = [
+    {"checkpoint_every": 3, "keep_checkpoints": 5, "log_samples_every": 7},
+    {"micro_batch_prompts": 1, "logits_chunk": 64, "gradient_checkpointing": True, "validation_batch_size": 2},
+]
+
+
+def test_a_checkpoint_belongs_to_all_that_decides_the_weights(prepared):
+    same = identity(changed(prepared), prepared, 1)
+    assert identity(changed(prepared), prepared, 1) == same
+    assert {identity(changed(prepared, **values), prepared, 1) for values in INDIFFERENT} == {same}
+    others = [identity(changed(prepared, **values), prepared, 1) for values in DIFFERENT]
+    others.append(identity(changed(prepared), prepared, 2))
+    for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
+        path = prepared / "models/base" / name
+        before = path.read_bytes()
+        path.write_bytes(before + b" ")
+        others.append(identity(changed(prepared), prepared, 1))
+        path.write_bytes(before)
+    assert len({same, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("name", ["code_digest", "versions"])
+def test_a_checkpoint_belongs_to_the_code_and_its_packages(prepared, monkeypatch, name):
+    same = identity(changed(prepared), prepared, 1)
+    monkeypatch.setattr(train_stage, name, lambda named: "another")
+    assert identity(changed(prepared), prepared, 1) != same
+
+
+def test_the_users_own_score_function_is_part_of_the_code(prepared, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_stage, "code_digest", lambda paths: seen.append([str(path) for path in paths]) or "")
+    identity(changed(prepared, reward={"correct": "scenes:always_right"}), prepared, 1)
+    identity(changed(prepared), prepared, 1)
+    assert str(Path(__file__).parent / "scenes.py") in seen[0]
+    assert len(seen[0]) == len(seen[1]) + 1
+    assert {"rl", "generation", "attention", "scoring.py"} <= set(seen[1])
+    assert any(path.endswith("sparsity_kernels") for path in seen[1])
+
+
+def test_checkpoints_stay_until_the_run_is_closed(prepared, monkeypatch):
+    def cannot_close(self, run_id, status):
+        raise ConnectionError("the server went away")
+
+    monkeypatch.setattr("mlflow.MlflowClient.set_terminated", cannot_close)
+    with pytest.raises(ConnectionError):
+        run(changed(prepared, steps=2), prepared)
+    assert list(prepared.glob("checkpoints/train/*/step-000002"))
+
+
+def test_the_metrics_name_the_device_that_was_used(prepared):
+    metrics = run(changed(prepared, steps=1), prepared)
+    assert metrics["device"] == hardware()
+    assert not (prepared / "checkpoints/train").exists()
 
 
 def test_a_missing_input_is_named_with_the_stage_that_makes_it(prepared):

@@ -13,7 +13,9 @@ import pytest
 import torch
 from tiny_prompts import sharp_model
 
+import sparsity_forcing.rl.sampler as sampler_module
 import sparsity_forcing.rl.trainer as trainer_module
+import sparsity_forcing.rl.update as update_module
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import Checkpoints
 from sparsity_forcing.data.digits_source import digits_row
@@ -54,8 +56,10 @@ class Recorder:
         self.tables += [] if table is None else [table]
 
 
-def trainer_of(directory: Path, recorder=None, train=None, sparsity=SPARSITY, identity="abc", **changes) -> Trainer:
-    model, processor = sharp_model(dtype=torch.float32)
+def trainer_of(
+    directory: Path, recorder=None, train=None, sparsity=SPARSITY, identity="abc", dtype=torch.float32, **changes
+) -> Trainer:
+    model, processor = sharp_model(dtype=dtype)
     config = TrainParams(**{**CONFIG, **changes})
     checkpoints = Checkpoints(directory, identity)
     train = rows("train", 6) if train is None else train
@@ -96,7 +100,17 @@ class StopAfter(Recorder):
             raise ConnectionAbortedError
 
 
-@pytest.mark.parametrize("change", [{}, {"selection_policy": {"sigma": 0.0}}, {"freeze_vision": False}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"selection_policy": {"sigma": 0.0}},
+        {"freeze_vision": False},
+        {"dtype": torch.bfloat16},
+        {"lora": {"r": 4}},
+        {"num_iterations": 2, "rollout_prompts": 1, "gradient_checkpointing": True, "logits_chunk": 5},
+    ],
+)
 def test_a_resumed_run_is_the_run_that_was_never_interrupted(tmp_path, caplog, change):
     straight = trainer_of(tmp_path / "straight", **change)
     history = straight.train()
@@ -190,8 +204,8 @@ def test_every_rollout_is_scored_by_the_answer_to_its_own_question(tmp_path):
 @pytest.mark.parametrize("credit", ["layer", "joint"])
 def test_selection_is_judged_by_the_ratio_it_is_said_to_be(tmp_path, monkeypatch, credit):
     seen = {}
-    for name in ("roll_out", "grpo_loss"):
-        _watch(monkeypatch, seen, name)
+    _watch(monkeypatch, seen, sampler_module, "roll_out")
+    _watch(monkeypatch, seen, update_module, "grpo_loss")
     config = {"steps": 1, "reward": {"correct": "scenes:always_right"}, "selection_policy": {"credit": credit}}
     trainer_of(tmp_path, **config).train()
     rollouts, inputs = seen["roll_out"][1], seen["grpo_loss"][0][0]  # roll_out: start validation, then the step
@@ -205,16 +219,16 @@ def test_selection_is_judged_by_the_ratio_it_is_said_to_be(tmp_path, monkeypatch
     torch.testing.assert_close(inputs.selection_advantages, torch.stack([expected(ratio) for ratio in judged_by]))
 
 
-def _watch(monkeypatch, seen: dict, name: str) -> None:
+def _watch(monkeypatch, seen: dict, module, name: str) -> None:
     """Keeps the results of ``roll_out`` and the arguments of ``grpo_loss``."""
-    real = getattr(trainer_module, name)
+    real = getattr(module, name)
 
     def watched(*args, **kwargs):
         result = real(*args, **kwargs)
         seen.setdefault(name, []).append(result if name == "roll_out" else args)
         return result
 
-    monkeypatch.setattr(trainer_module, name, watched)
+    monkeypatch.setattr(module, name, watched)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -245,14 +259,14 @@ def test_a_skipped_step_changes_no_weight(tmp_path):
 
 def test_a_loss_that_is_no_number_can_still_be_saved(tmp_path, monkeypatch):
     """An overflow in the loss must cost one step and not the run."""
-    real, calls = trainer_module.grpo_loss, []
+    real, calls = update_module.grpo_loss, []
 
-    def overflowing_once(inputs, config):
-        loss, metrics = real(inputs, config)
+    def overflowing_once(inputs, config, totals):
+        loss, metrics = real(inputs, config, totals)
         calls.append(None)
         return (loss * math.inf, metrics | {"kl": torch.tensor(math.inf)}) if len(calls) == 2 else (loss, metrics)
 
-    monkeypatch.setattr(trainer_module, "grpo_loss", overflowing_once)
+    monkeypatch.setattr(update_module, "grpo_loss", overflowing_once)
     history = trainer_of(tmp_path).train()
     assert [row["skipped_steps"] for row in history] == [0, 1, 1, 1]
     assert "kl" not in history[1]
@@ -361,6 +375,155 @@ def test_no_step_within_the_guard_is_said_and_the_last_step_is_kept(tmp_path, ca
     trainer.train()
     assert trainer.best is None
     assert "no validated step kept its accuracy within train.accuracy_guard (0)" in caplog.text
+
+
+def test_validations_below_the_guard_end_the_training(tmp_path, caplog, monkeypatch):
+    trainer = trainer_of(tmp_path, accuracy_guard=0.0, validate_every=1, checkpoint_every=2, stop_below_guard=2)
+    monkeypatch.setattr(trainer, "validate", falling_accuracy())
+    assert [row["step"] for row in trainer.train()] == [1, 2]
+    assert "stopped early at step 2: 2 validations in a row fell below train.accuracy_guard (0)" in caplog.text
+    again = trainer_of(tmp_path, accuracy_guard=0.0, validate_every=1, stop_below_guard=2)
+    assert len(again.train()) == 2  # started again it does not go on
+
+
+def test_one_validation_above_the_guard_starts_the_count_anew(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, accuracy_guard=0.0, validate_every=1, stop_below_guard=2)
+    accuracy = iter([0.5, 0.4, 0.6, 0.4, 0.4])
+    ratios = {"token_ratio": 0.5, "visual_token_ratio": 0.5}
+    monkeypatch.setattr(trainer, "validate", lambda: {"accuracy": next(accuracy), **ratios})
+    assert len(trainer.train()) == 4
+
+
+def test_the_chosen_weights_are_those_of_the_record_after_a_resume(tmp_path):
+    """The run was cut off after a better step than any its checkpoint knows of."""
+    changes = {"validate_every": 1, "accuracy_guard": 1.0, "checkpoint_every": 2}
+    straight = trainer_of(tmp_path / "straight", **changes)
+    straight.train()
+    with pytest.raises(ConnectionAbortedError):
+        trainer_of(tmp_path / "resumed", StopAfter(3), **changes).train()
+    resumed = trainer_of(tmp_path / "resumed", **changes)
+    resumed.train()
+    assert resumed.best == straight.best
+    assert_bit_equal(resumed.model.state_dict(), straight.model.state_dict())
+
+
+def damage_best(directory: Path) -> None:
+    for path in directory.glob("abc/best-*/weights.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+
+
+def test_damaged_chosen_weights_do_not_stop_a_resumed_run(tmp_path, caplog):
+    changes = {"validate_every": 1, "accuracy_guard": 1.0, "checkpoint_every": 2}
+    with pytest.raises(ConnectionAbortedError):
+        trainer_of(tmp_path, StopAfter(3), **changes).train()
+    damage_best(tmp_path)
+    resumed = trainer_of(tmp_path, **changes)
+    resumed.train()
+    assert "are corrupted (weights.safetensors has another checksum" in caplog.text
+    assert "chosen among the validated steps to come" in caplog.text
+    assert resumed.best["step"] > 2
+
+
+def test_chosen_weights_damaged_during_the_run_are_named(tmp_path):
+    def damage(metrics: dict, table) -> None:
+        if metrics["step"] == 4:
+            damage_best(tmp_path)
+
+    with pytest.raises(TrainingError, match=r"the chosen weights of step \d are gone or damaged"):
+        trainer_of(tmp_path, damage, accuracy_guard=1.0).train()
+
+
+def test_a_replay_that_is_not_the_rollout_is_warned_of_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(trainer_module, "REPLAY_LIMIT", -1.0)
+    trainer_of(tmp_path, steps=3).train()
+    assert caplog.text.count("log-probabilities of rollout and replay differ by") == 1
+
+
+def test_nothing_is_warned_of_when_replay_and_rollout_agree(tmp_path, caplog):
+    trainer_of(tmp_path, steps=2).train()
+    assert "rollout and replay" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dtype": torch.float16}, "model.dtype 'float16' cannot be trained: its gradients underflow; use 'bfloat16'"),
+        ({"rollout_prompts": 3}, r"train.rollout_prompts \(3\) must divide the 2 prompts of a process"),
+        (
+            {"lora": {"targets": ["q_prj"]}},
+            r"train.lora.targets \['q_prj'\] are no linear layers of the decoder; it has",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path, changes, message):
+    with pytest.raises(TrainingError, match=message):
+        trainer_of(tmp_path, **changes)
+
+
+def test_a_sharded_engine_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsity_forcing.rl.requirements.PARALLEL", ())
+    with pytest.raises(TrainingError, match=r"in one process or data-parallel, not under NO: .* presets/accelerate/"):
+        trainer_of(tmp_path)
+
+
+def test_out_of_memory_names_the_parameters_to_change(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    trainer = trainer_of(tmp_path / "update")
+    monkeypatch.setattr(trainer.updater, "_one_update", full)
+    with pytest.raises(TrainingError, match=r"lower train.micro_batch_prompts .* Tried to allocate 9 GiB.\)$"):
+        trainer.train()
+    trainer = trainer_of(tmp_path / "rollout")
+    monkeypatch.setattr(trainer, "_roll_out", full)
+    with pytest.raises(TrainingError, match=r"lower train\.rollout_prompts"):
+        trainer.train()
+
+
+def test_later_iterations_see_the_stored_rollout(tmp_path, monkeypatch):
+    seen = {}
+    _watch(monkeypatch, seen, update_module, "grpo_loss")
+    twice = trainer_of(tmp_path / "twice", steps=1, num_iterations=2, warmup_steps=0)
+    (row,) = twice.train()
+    (first, *_), (second, *_) = seen["grpo_loss"]
+    assert torch.equal(first.old_logps, second.old_logps)
+    assert torch.equal(first.old_selection_logps, second.old_selection_logps)
+    assert (first.per_token_logps - first.old_logps).abs().max() < 1e-5
+    assert (second.per_token_logps - second.old_logps).abs().max() > 1e-4  # the policy has moved
+    assert row["replay_max_difference"] < 1e-5  # of the first: later ones differ because the policy does
+    assert row["learning_rate"] == 0  # the schedule counts updates
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_groups_without_a_right_answer_are_skipped_where_asked(tmp_path, skips):
+    never = {"correct": "scenes:never_right"}
+    (row,) = trainer_of(tmp_path, steps=1, reward=never, skip_all_wrong=skips).train()
+    assert (row["grad_norm"] == 0) == skips  # kept, they are still held to the reference
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_truncated_completions_are_left_out_where_asked(tmp_path, masks):
+    changes = {"max_completion_length": 1, "mask_truncated_completions": masks}
+    (row,) = trainer_of(tmp_path, steps=1, reward={"correct": "scenes:always_right"}, **changes).train()
+    assert row["truncated"] == 1
+    assert (row["grad_norm"] == 0) == masks
+
+
+def test_without_a_kl_term_there_is_no_reference(tmp_path):
+    trainer = trainer_of(tmp_path, steps=1, beta=0.0, reward={"correct": "scenes:always_right"})
+    (row,) = trainer.train()
+    assert trainer.reference is None
+    assert "kl" not in row
+    assert row["grad_norm"] > 0
+
+
+def test_every_budget_has_its_reward_accuracy_and_advantage(tmp_path):
+    (row,) = trainer_of(tmp_path, steps=1, reward={"correct": "scenes:always_right"}).train()
+    for name in ("reward", "accuracy", "advantage", "visual_token_ratio"):
+        assert {f"p0.600/{name}", f"p0.900/{name}"} <= row.keys()
+    assert row["p0.600/reward"] > row["p0.900/reward"]
+    assert row["replay_mean_difference"] <= row["replay_q99_difference"] <= row["replay_q999_difference"]
+    assert row["replay_q999_difference"] <= row["replay_max_difference"]
 
 
 def falling_accuracy():

@@ -37,4 +37,3 @@ def ragged_attention_eager(
         keys, values = (tensor[first : first + count].transpose(0, 1)[None] for tensor in (key, value))
         output[row] = attend_first(query[row, None], keys, values, (count - own)[None], count - rows + 1, scale)[0]
     return output
-

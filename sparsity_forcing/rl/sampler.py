@@ -1,0 +1,66 @@
+"""Rows in, answers out: prompts, rollouts with one budget each, greedy answers at the deployment budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sparsity_forcing.data.schema import Row
+from sparsity_forcing.generation.prompts import Prompts, build_prompts, shares_prefix
+from sparsity_forcing.models.families import visual_token_ids
+from sparsity_forcing.models.prompts import encode_prompts
+from sparsity_forcing.params import SparsityParams, TrainParams
+from sparsity_forcing.rl.parts import Part
+from sparsity_forcing.rl.rollout import Rollouts, Sampling, roll_out
+
+
+class Sampler:
+    """The answers of one model under one configuration."""
+
+    def __init__(self, model, processor, config: TrainParams, sparsity: SparsityParams) -> None:
+        self.model, self.processor, self.config, self.sparsity = model, processor, config, sparsity
+        self.suppressed = torch.tensor(visual_token_ids(model.config), device=model.device)
+        self._pad_id = processor.tokenizer.pad_token_id
+
+    def roll_out(self, rows: Sequence[Row], noise_seed: int) -> Part:
+        """``num_generations`` sampled answers a row, one budget each."""
+        config, group = self.config, self.config.num_generations
+        shared = shares_prefix(self.sparsity)
+        prompts = self.prompts(rows if shared else [row for row in rows for _ in range(group)])
+        budgets = torch.tensor(config.budgets * (group // len(config.budgets)), device=self.model.device)
+        noise = torch.Generator(self.model.device).manual_seed(noise_seed)
+        repeats = group if shared else 1
+        sigma = config.selection_policy.sigma
+        self.model.eval()
+        rollouts = roll_out(
+            self.model,
+            prompts,
+            budgets.repeat(len(rows)),
+            repeats,
+            self.sparsity,
+            self._sampling(config.temperature),
+            sigma,
+            noise,
+        )
+        return Part(rows, prompts, rollouts, repeats)
+
+    def deployed(self, rows: Sequence[Row]) -> Rollouts:
+        """One greedy answer a row at the deployment budget."""
+        self.model.eval()
+        p = torch.full((len(rows),), self.sparsity.p, device=self.model.device)
+        return roll_out(self.model, self.prompts(rows), p, 1, self.sparsity, self._sampling(0.0))
+
+    def prompts(self, rows: Sequence[Row]) -> Prompts:
+        inputs = encode_prompts(self.processor, [row.question for row in rows], [row.images for row in rows])
+        return build_prompts(self.model, inputs, self.sparsity, encode_images=self.config.freeze_vision)
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        tokens = rollouts.completions.masked_fill(~rollouts.completion_mask, self._pad_id)
+        return self.processor.batch_decode(tokens, skip_special_tokens=True)
+
+    def _sampling(self, temperature: float) -> Sampling:
+        stop = self.model.generation_config.eos_token_id
+        stop = self.processor.tokenizer.eos_token_id if stop is None else stop
+        stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
+        return Sampling(temperature, self.config.max_completion_length, stop_ids, self._pad_id, self.suppressed)

@@ -1,0 +1,42 @@
+"""One process of a two-process training: `accelerate launch … process_worker.py DIRECTORY SCENE`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+from sparsity_forcing.torchvision_ops import declare_missing_ops
+
+# Five validation rows: the processes have two and three. Noise belongs to one prompt, so it is that of one process.
+CONFIG = {"prompts_per_step": 4, "rollout_prompts": 1, "validate_every": 1, "validation_rows": 5, "accuracy_guard": 1.0}
+CONFIG |= {"dtype": torch.float64, "num_iterations": 2, "reward": {"correct": "scenes:always_right"}}
+SCENES = {
+    "all weights": {"freeze_vision": False},
+    "little memory": {"gradient_checkpointing": True, "logits_chunk": 5, "loss_type": "dapo"},
+    "adapters": {"lora": {"r": 4}},
+}
+
+
+def train(directory: Path, scene: str) -> tuple[dict, dict]:
+    """Weights after four steps; the history and what was reported."""
+    from test_trainer import Recorder, rows, trainer_of  # once the operators that transformers needs are declared
+
+    recorder = Recorder()
+    trainer = trainer_of(directory / "checkpoints", recorder, train=rows("train", 6), **CONFIG, **SCENES[scene])
+    history = trainer.train()
+    reported = [row["step"] for row in recorder.steps]
+    return trainer.model.state_dict(), {"history": history, "reported": reported, "tables": len(recorder.tables)}
+
+
+if __name__ == "__main__":
+    declare_missing_ops()
+    out = Path(sys.argv[1])
+    weights, found = train(out, sys.argv[2])
+    rank = PartialState().process_index
+    save_file({name: value.clone() for name, value in weights.items()}, out / f"rank-{rank}.safetensors")
+    (out / f"rank-{rank}.json").write_text(json.dumps(found))

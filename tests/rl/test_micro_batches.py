@@ -1,0 +1,66 @@
+"""How a step is divided over passes is a matter of memory: its gradient is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scenes import assert_same
+from test_trainer import rows, trainer_of
+
+from sparsity_forcing.attention.api import decoder_attention
+from sparsity_forcing.data.schema import Row
+from sparsity_forcing.params import SparsityParams
+
+TEXT = Row("text", "train", "say", "how many digits are red?", "4", [])
+# Other lengths, two images, no image: a micro-batch of its own must keep the slots that its rollouts had.
+MIXED = [TEXT, *rows("train", 2), Row("two", "train", "say", "and these?", "7", rows("train", 2)[0].images * 2)]
+
+
+def gradients_of_a_step(directory, monkeypatch, train, sparsity, **changes) -> tuple[dict, dict]:
+    """Gradients by parameter, and metrics, of a step over four questions."""
+    changes = {"prompts_per_step": 4, "reward": {"correct": "scenes:always_right"}, **changes}
+    trainer = trainer_of(directory, train=train, sparsity=sparsity, dtype=torch.float64, **changes)
+    found = {}
+
+    def keep(step: int) -> float:
+        found.update({name: value.grad.clone() for name, value in trainer._trained().items()})
+        trainer.updater.optimizer.zero_grad()
+        return 0.0
+
+    monkeypatch.setattr(trainer.updater, "_take_step", keep)
+    with decoder_attention(trainer.model), decoder_attention(trainer.reference):
+        trainer._start = {}
+        trainer._one_step()
+    return found, trainer.history[0]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("freeze_vision", [True, False])
+def test_the_gradient_does_not_depend_on_the_micro_batches(tmp_path, monkeypatch, loss_type, freeze_vision):
+    scene = {"loss_type": loss_type, "freeze_vision": freeze_vision}
+    sparsity = SparsityParams(p=0.8)
+    whole, expected = gradients_of_a_step(tmp_path / "whole", monkeypatch, MIXED, sparsity, **scene)
+    assert expected["selection_clip_fraction"] == 0
+    for size in (1, 2, 3):
+        parts, metrics = gradients_of_a_step(
+            tmp_path / f"{size}", monkeypatch, MIXED, sparsity, micro_batch_prompts=size, **scene
+        )
+        assert_same(parts, whole)
+        for name in ("loss", "kl", "entropy", "reward", "replay_mean_difference", "prompt_tokens"):
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-9), name
+
+
+@pytest.mark.parametrize("sparsity", [SparsityParams(p=0.8, prefill="sparse"), SparsityParams(scoring_rows="probe")])
+def test_nor_where_rollouts_share_no_prefix(tmp_path, monkeypatch, sparsity):
+    whole, _ = gradients_of_a_step(tmp_path / "whole", monkeypatch, MIXED, sparsity)
+    parts, _ = gradients_of_a_step(tmp_path / "parts", monkeypatch, MIXED, sparsity, micro_batch_prompts=1)
+    assert_same(parts, whole)
+
+
+def test_rollouts_in_portions_are_judged_together(tmp_path, monkeypatch):
+    changes = {"rollout_prompts": 1, "micro_batch_prompts": 1}
+    _, metrics = gradients_of_a_step(tmp_path, monkeypatch, MIXED, SparsityParams(p=0.8), **changes)
+    assert metrics["rollouts"] == 16
+    for budget in (0.6, 0.9):  # centred over all groups of the step, not over those of a portion
+        assert abs(metrics[f"p{budget:.3f}/advantage"]) < 1e-6
+    assert metrics["replay_max_difference"] < 1e-12

@@ -1,0 +1,122 @@
+"""Two processes train what one does, stop together and write once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from process_worker import SCENES, train
+from safetensors.torch import load_file
+from test_train_stage import newest, prepared  # noqa: F401  (a fixture)
+from test_trainer import timeless
+
+from sparsity_forcing.rl.batches import share_of
+
+ROOT = Path(__file__).parents[2]
+CONFIGURATIONS = sorted((ROOT / "presets/accelerate").glob("*.yaml"))
+
+
+def launch(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "presets/accelerate/cpu-2proc.yaml"), *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONPATH": f"{ROOT / 'tests/rl'}:{ROOT / 'tests'}:{ROOT}",
+    }
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finished(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
+    try:
+        output = process.communicate(timeout=seconds)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_every_configuration_is_one_that_accelerate_reads(path):
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == "MULTI_GPU"
+    assert config.num_processes >= 2
+    assert set(yaml.safe_load(path.read_text())) <= set(vars(config)) | {"use_cpu"}
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7, 8])
+def test_every_row_is_in_one_share(rows):
+    everything = list(range(rows))
+    shares = [share_of(everything, process, 3) for process in range(3)]
+    assert [row for share in shares for row in share] == everything
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scene", SCENES)
+def test_two_processes_end_with_the_weights_of_one(tmp_path, scene):
+    code, output = finished(launch(str(ROOT / "tests/rl/process_worker.py"), str(tmp_path), scene))
+    assert code == 0, output
+    expected, alone = train(tmp_path / "alone", scene)
+    ranks = [load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1)]
+    for name, value in expected.items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        torch.testing.assert_close(ranks[0][name], value, rtol=0, atol=1e-9)
+
+    main, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert (main["reported"], other["reported"]) == ([1, 2, 3, 4], [])
+    assert (main["tables"], other["tables"]) == (alone["tables"], 0)
+    assert timeless(main["history"]) == timeless(other["history"])  # of all ranks, not of one
+    for found, wanted in zip(timeless(main["history"]), timeless(alone["history"]), strict=True):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-8), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_when_one_process_is_stopped_or_dies_the_other_ends_and_the_run_goes_on(prepared, number):  # noqa: F811
+    arguments = ("-m", "sparsity_forcing", "train", "--root", str(prepared))
+    process = launch(*arguments)
+    while newest(prepared) == 0:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    workers = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
+    assert len(workers) == 2
+    workers[-1].send_signal(number)
+    asked = time.monotonic()
+    code, output = finished(process)
+    assert code != 0
+    assert time.monotonic() - asked < 40
+    if number == signal.SIGTERM:
+        assert output.count("stopped by signal 15; saved step") == 1  # both at the same step, one speaks for both
+    assert not (prepared / "models/policy").exists()
+
+    code, output = finished(launch(*arguments))
+    assert code == 0, output
+    assert output.count("resumed from") == 1
+    assert (prepared / "models/policy/model.safetensors").exists()
+    assert not (prepared / "checkpoints/train").exists()
+    assert json.loads((prepared / "metrics/train.json").read_text())["steps"] == 24
+    assert run_names(prepared) == ["train", "train"]
+
+
+def run_names(workspace: Path) -> list[str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{workspace / 'mlflow.db'}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [run.info.run_name for run in client.search_runs(experiments)]
