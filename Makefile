@@ -30,7 +30,7 @@ pipeline: $(INSTALLED)  ## Run every stage that is out of date, then print where
 	@python -m flows.pipeline
 
 test: $(INSTALLED)  ## Run all tests (one file or option: make test PYTEST=tests/selection)
-	@python -m pytest --numprocesses 2 --dist loadfile $(PYTEST)
+	@python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: $(INSTALLED)  ## Check style and formatting
 	@ruff check . && ruff format --check .

@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import sparsity_forcing.bench.__main__ as command
 import sparsity_forcing.bench.operations as operations
 from sparsity_forcing.bench.__main__ import app
 from sparsity_forcing.bench.compare import BenchError, Case, require_close, require_equal, time_arms
@@ -87,8 +88,12 @@ def test_whole_models(model):
         assert prefill_case(model, "small", 128, 0.25, settings, repetitions=1).setting["prefill"] == settings.prefill
 
 
-@pytest.mark.slow
-def test_the_command_writes_samples_and_manifest_and_ends_with_the_figures(tmp_path):
+def test_the_command_writes_samples_and_manifest_and_ends_with_the_figures(tmp_path, monkeypatch):
+    """The whole command, every length a 32nd of what it is in earnest."""
+    monkeypatch.setattr(command, "decode_case", lambda length, *rest: operations.decode_case(length // 32, *rest))
+    monkeypatch.setattr(command, "mass_case", lambda length, rows, *rest: operations.mass_case(128, 128, *rest))
+    monkeypatch.setattr(command, "group_case", lambda grid, *rest: group_case(grid // 8, *rest))
+    monkeypatch.setattr(command, "loop_case", lambda grid, *rest: loop_case(grid // 2, *rest))
     output = tmp_path / "bench.json"
     done = CliRunner().invoke(app, ["cpu", "--output", str(output), "--repetitions", "1"])
     assert done.exit_code == 0, done.output
