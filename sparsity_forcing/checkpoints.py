@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sparsity_forcing.files import replace_directory, write_json_atomic
+from sparsity_forcing.lineage import file_digest
 
 _log = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
@@ -24,7 +25,7 @@ def fingerprint(values: object, files: tuple[Path, ...] = ()) -> str:
     """16 hexadecimal digits that change when ``values`` (JSON) or the content of ``files`` changes."""
     digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
     for file in sorted(files):
-        digest.update(_sha256(file).encode())
+        digest.update(file_digest(file, "sha256").encode())
     return digest.hexdigest()[:16]
 
 
@@ -86,7 +87,11 @@ class Checkpoints:
         path = self.directory / f"{kind}-{step:06d}"
         with replace_directory(path) as temporary:
             write(temporary)
-            sums = {str(f.relative_to(temporary)): _sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+            sums = {
+                str(f.relative_to(temporary)): file_digest(f, "sha256")
+                for f in sorted(temporary.rglob("*"))
+                if f.is_file()
+            }
             write_json_atomic(temporary / _MANIFEST, {"step": step, "sha256": sums})
         return path
 
@@ -108,11 +113,6 @@ def _fault(path: Path) -> str | None:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if _sha256(file) != expected:
+        if file_digest(file, "sha256") != expected:
             return f"{name} has another checksum than {_MANIFEST} says"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -228,14 +228,23 @@ class ProfileParams(_Section):
 
 
 class RewardParams(_Section):
-    """r = correct + weight_efficiency * C * (1 - tau), C = 1 for a group in which any rollout is right.
+    """r = correct + weight_efficiency * C * (1 - cost), C = 1 for a group in which any rollout is right.
 
     ``correct``: a score function of `sparsity_forcing.scoring` by name (exact_match, numeric, multiple_choice, relaxed,
     anls) or ``module:function``.
+
+    ``cost``, relative to dense attention: the ``token_ratio`` (the paper's); the ``cache_bytes``, generated tokens
+    included; or the ``latency`` of a decode step that ``latency_batch`` answers share, modelled by the bytes it reads.
+    ``gate``: when C is 1; ``always`` leaves it out. ``shuffle``: every rollout is paid for the cost of another one of
+    the step, a control that must not make attention sparser.
     """
 
     correct: str = Field(default="exact_match", min_length=1)
     weight_efficiency: NonNegativeFloat = 1.0
+    cost: Literal["token_ratio", "cache_bytes", "latency"] = "token_ratio"
+    latency_batch: Positive = 1
+    gate: Literal["anyone_right", "always"] = "anyone_right"
+    shuffle: bool = False
 
 
 class SelectionPolicyParams(_Section):
@@ -277,6 +286,9 @@ class TrainParams(_Section):
     ``logits_chunk`` tokens have their logits at a time (null: all); ``gradient_checkpointing`` computes the decoder's
     activations again in the backward pass; ``lora`` trains adapters.
 
+    ``attention_dtype``: of attention among kept tokens in rollouts and updates. ``float64``: on a CPU a float32 model's
+    replayed log-probabilities then equal those of the rollout, for about half as much time again a step.
+
     ``accuracy_guard``: the policy handed back is that of the validated step which keeps the fewest tokens among those
     whose accuracy at the deployment budget is at most this much below the start's. ``stop_below_guard``: so many
     validations in a row below it end the training; 0 never.
@@ -302,6 +314,7 @@ class TrainParams(_Section):
     mask_truncated_completions: bool = False
     temperature: PositiveFloat = 1.0
     max_completion_length: Positive = 16
+    attention_dtype: Literal["model", "float64"] = "model"
     reward: RewardParams = RewardParams()
     selection_policy: SelectionPolicyParams = SelectionPolicyParams()
     freeze_vision: bool = True

@@ -8,7 +8,7 @@ no function here asks whether the answer occurs *somewhere* in the prediction: a
 from __future__ import annotations
 
 import importlib
-import inspect
+import importlib.util
 import math
 import re
 import unicodedata
@@ -114,18 +114,18 @@ def score_function(name: str) -> ScoreFunction:
     return scored
 
 
-def score_source(name: str) -> Path | None:
-    """The source file of the user's own score function ``module:function``; None for one of this module.
+def score_code(name: str) -> list[Path]:
+    """The user's code behind a score function ``module:function``: its module, or the folders of the whole package, so
+    that helpers beside the function count too. Empty for one of this module or built in.
 
     Raises:
         ScoreError: there is no such function.
     """
+    score_function(name)
     if name in SCORE_FUNCTIONS:
-        return None
-    try:
-        return Path(inspect.getsourcefile(inspect.unwrap(score_function(name))))
-    except TypeError:  # not written in Python
-        return None
+        return []
+    found = importlib.util.find_spec(name.partition(":")[0].partition(".")[0])
+    return [Path(path) for path in found.submodule_search_locations or [found.origin] if Path(path).exists()]
 
 
 def _imported(name: str) -> ScoreFunction:

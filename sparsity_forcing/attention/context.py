@@ -44,6 +44,7 @@ class SparseContext:
         generator: source of the policy's noise, needed to sample with sigma > 0.
         perturbed: per layer the sampled log masses s, (batch, prompt); where given with ``replay`` the pass computes
             their log-density under the current masses, with gradient.
+        attention_dtype: of attention among kept tokens; the model's where None. Selection stays in float32.
 
     After the forward ``kept`` (and ``perturbed``, ``selection_logps``) hold one entry per layer.
     """
@@ -58,13 +59,19 @@ class SparseContext:
         sigma: float = 0.0,
         generator: torch.Generator | None = None,
         perturbed: dict[int, Tensor] | None = None,
+        attention_dtype: torch.dtype | None = None,
     ) -> None:
         if p.shape != (layout.batch,):
             raise ValueError(f"p must hold one budget per row, shape ({layout.batch},), got {tuple(p.shape)}")
+        if not bool(((p > 0) & (p <= 1)).all()):
+            raise ValueError(f"budgets p must be in (0, 1], got {p.tolist()}")
+        if sigma > 0 and generator is None and replay is None:
+            raise ValueError(f"sampling a selection with sigma {sigma} needs a generator")
         self.settings, self.layout, self.cache = settings, layout, cache
         self.p = p.to(device=layout.valid.device, dtype=torch.float32)
         self.droppable = layout.droppable(settings)
         self.replay, self.sigma, self.generator = replay, sigma, generator
+        self.attention_dtype = attention_dtype
         self.kept: dict[int, Tensor] = {} if replay is None else replay
         self.perturbed: dict[int, Tensor] = {} if perturbed is None else perturbed
         self.selection_logps: dict[int, Tensor] = {}
@@ -106,7 +113,7 @@ class SparseContext:
             return self.replay[layer]
         if log_mass is not None:
             noise = torch.randn(log_mass.shape, generator=self.generator, device=log_mass.device)
-            self.perturbed[layer] = log_mass + self.sigma * noise
+            self.perturbed[layer] = (log_mass + self.sigma * noise).detach()
             self.selection_logps[layer] = self._log_density(log_mass, self.perturbed[layer])
             mass = self.perturbed[layer].exp()
         self._finite.append(torch.isfinite(mass.masked_fill(~self.droppable, 0)).all())
@@ -120,9 +127,9 @@ class SparseContext:
 
     def check(self) -> None:
         """Raises ValueError if a layer selected by a mass that was not finite."""
-        finite, self._finite = self._finite, []
-        if finite and not bool(torch.stack(finite).all()):
+        if self._finite and not bool(torch.stack(self._finite).all()):
             raise ValueError("attention mass is not finite: the model's attention logits hold NaN or infinity")
+        self._finite.clear()
 
     def stacked_selection_logps(self) -> Tensor:
         """(layers, batch) log-density of the sampled selection; (0, batch) where selection is deterministic."""

@@ -8,7 +8,7 @@ see is a list of key slots and the length of the part of it that lies behind the
 from __future__ import annotations
 
 import torch
-from sparsity_kernels import causal_attention, kept_attention, ragged_attention
+from sparsity_kernels import Impl, causal_attention, kept_attention, ragged_attention
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AttentionInterface
@@ -63,7 +63,9 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float, impl: Impl = "auto"
+) -> Tensor:
     """Causal attention of the last ``rows`` slots among the keys that are not padding."""
     rows, length = query.shape[2], key.shape[2]
     if valid is None and rows == length:
@@ -71,7 +73,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scal
     if valid is None:
         valid = torch.ones(query.shape[0], length, dtype=torch.bool, device=query.device)
     index, seen = _listed(valid[:, :length])
-    return kept_attention(query, key, value, index, seen[:, length - rows :], scale)
+    return kept_attention(query, key, value, index, seen[:, length - rows :], scale, impl)
 
 
 def _sparse(
@@ -86,9 +88,13 @@ def _sparse(
     if seen < prompt:  # a part of the prompt before its end: the visual prefix, dense and shared
         if sparse.settings.prefill == "sparse":
             raise RuntimeError("sparse prefill has no shared prefix; run the prompt in one pass")
-        return _dense(query, key, value, mask, scale)
+        if stored is None:  # a pruned cache gives its new entries only: attention to them alone would be wrong
+            raise RuntimeError("a context that was made without the cache takes the whole prompt in one pass")
+        return _dense(query, key, value, mask, scale, sparse.settings.impl)
 
     kept = sparse.choose(layer, query, key, first, scale)
+    dtype = query.dtype
+    query, key, value = _cast(sparse, query, key, value)
     if sparse.settings.prefill == "sparse":
         output = _all_sparse(query, key, value, mask, kept, scale, sparse)
     else:
@@ -97,7 +103,7 @@ def _sparse(
         stored.prune(kept, sparse.settings.impl)
         if layer > 0:
             sparse.cache.layers[layer - 1].settle()
-    return output
+    return output.to(dtype)
 
 
 def _dense_then_sparse(
@@ -121,7 +127,9 @@ def _dense_then_sparse(
     parts = []
     if end > first:
         valid = _valid(mask, sparse, end) if sparse.padded else None
-        dense = _dense(query[:, :, : end - first], key[:, :, :end], value[:, :, :end], valid, scale)
+        dense = _dense(
+            query[:, :, : end - first], key[:, :, :end], value[:, :, :end], valid, scale, sparse.settings.impl
+        )
         parts.append(dense[:, :, : change - first])
     if change < seen:
         index, counts = _listed(pad(kept, (0, seen - kept.shape[1]), value=True) & _valid(mask, sparse, seen))
@@ -157,16 +165,19 @@ def _decode(query: Tensor, stored: PrunedLayer | None, scale: float, sparse: Spa
     if stored is None or stored.ragged is None:
         raise RuntimeError("decoding needs the pruned cache of this context's prefill: pass use_cache=True")
     cache = stored.ragged
-    return ragged_attention(
-        query,
-        cache.key,
-        cache.value,
+    output = ragged_attention(
+        *_cast(sparse, query, cache.key, cache.value),
         cache.start,
         cache.length,
         scale,
         impl=sparse.settings.impl,
         rectangular=cache.rectangular,
     )
+    return output.to(query.dtype)
+
+
+def _cast(sparse: SparseContext, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(sparse.attention_dtype or tensor.dtype) for tensor in tensors]
 
 
 def _valid(mask: Tensor | None, sparse: SparseContext, length: int) -> Tensor:

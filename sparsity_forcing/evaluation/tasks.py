@@ -6,7 +6,6 @@ A task is a YAML file and a parquet file beside it, in lmms-eval's own format, s
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from sparsity_forcing.data.schema import Row
 from sparsity_forcing.evaluation import task_functions
 from sparsity_forcing.evaluation.table import AVERAGE
 from sparsity_forcing.files import replace_directory
-from sparsity_forcing.lineage import code_digest
 from sparsity_forcing.scoring import score_function
 
 _FUNCTIONS = ("doc_to_visual", "doc_to_text", "doc_to_target", "process_results")
@@ -76,19 +74,6 @@ def write_tasks(
             text = yaml.dump(_configuration(task.name, max_new_tokens), Dumper=_Dumper, sort_keys=False)
             (temporary / f"{task.name}.yaml").write_text(text, encoding="utf-8")
     return tasks
-
-
-def score_code_digest(score: str) -> str:
-    """Digest of the user's code behind a score function ``module:function``; "" for those of this package.
-
-    The whole of a package counts, so that helpers beside the function do too.
-    """
-    module, has_module, _ = score.partition(":")
-    if not has_module:
-        return ""
-    score_function(score)  # says what is wrong with the name
-    found = importlib.util.find_spec(module.partition(".")[0])
-    return code_digest(sorted(map(Path, found.submodule_search_locations or [found.origin])))
 
 
 def _task_names(labels: Iterable[str]) -> dict[str, str]:

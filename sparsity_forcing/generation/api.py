@@ -57,12 +57,18 @@ def sparse_generate(
         cuda_graph: see `generation.loop.decode`.
 
     Raises:
-        ValueError: p or a setting is out of range, the family is not supported, or a generator is missing.
+        ValueError: p or another argument is out of range, the inputs are padded on the right, the family is not
+            supported, a generator is missing, or attention logits are not finite.
     """
     require_supported(model.config)
     settings = SparsityParams.model_validate({**(settings or SparsityParams()).model_dump(), **overrides})
     if temperature and generator is None:
         raise ValueError(f"sampling at temperature {temperature} needs a generator; or set temperature=0")
+    for name, value in (("num_return_sequences", num_return_sequences), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
     prompts = build_prompts(model, inputs, settings)
@@ -90,6 +96,7 @@ def sparse_generate(
         position = prompts.next_position.repeat_interleave(group)
         axes = len(prompts.position_ids)
         found = decode(model, cache, logits, position, axes, context, sampling, generator, cuda_graph)
+    context.check()
     stats = SparseStats()
     stats.record(context)
     return Generation(found.tokens, found.mask, found.logps, found.running, stats)

@@ -54,13 +54,19 @@ def build_prompts(model, inputs: dict, settings: SparsityParams, encode_images: 
 
     Args:
         model: gives positions and image features.
-        inputs: ``input_ids``, ``attention_mask`` (queries, length) and the family's media.
+        inputs: ``input_ids``, ``attention_mask`` (queries, length; all real where missing) and the family's media.
         settings: decide whether there is a shared prefix.
         encode_images: run the vision tower now, without gradient (a frozen tower), instead of in every pass.
+
+    Raises:
+        ValueError: a prompt is padded on the right.
     """
     device = model.device
     inputs = {name: value.to(device) for name, value in inputs.items()}
+    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     input_ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    if not bool(mask[:, -1].all()):
+        raise ValueError('prompts must be padded on the left: set processor.tokenizer.padding_side = "left"')
     layout = PromptLayout.from_tokens(input_ids, mask, visual_token_ids(model.config))
     positions, following = _positions(model, inputs)
     media = {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS}

@@ -43,7 +43,7 @@ def paper_section(inputs: Inputs, found: Headline, params: Params, measured: Mea
     cost = [
         ["Decode speed-up", published.DECODE_SPEEDUP, decode],
         ["Memory reduction", published.MEMORY_REDUCTION, memory],
-        ["Training", published.TRAINING_COST, fmt.duration(inputs.training_seconds())],
+        ["Training", published.TRAINING_COST, fmt.duration(inputs.metric("train", "seconds"))],
     ]
     cost_columns = [Column("", numeric=False), Column("published"), Column(here)]
     intro = (

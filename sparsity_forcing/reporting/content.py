@@ -183,7 +183,7 @@ def cards(found: Headline, inputs: Inputs, measured: Measured) -> list[Card]:
     result.append(
         Card(
             "Training cost",
-            fmt.duration(inputs.training_seconds()),
+            fmt.duration(inputs.metric("train", "seconds")),
             f"{fmt.amount(rollouts)} rollouts" if rollouts is not None else "metrics/train.json is not there",
         )
     )

@@ -32,11 +32,6 @@ class Inputs:
     test_rows: list[Row] | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
-    def training_seconds(self) -> float | None:
-        """What training took. After a resume ``seconds`` counts the last process, ``step_seconds`` every step."""
-        seconds = [self.metric("train", key) for key in ("seconds", "step_seconds")]
-        return max((value for value in seconds if value is not None), default=None)
-
     def metric(self, stage: str, *keys: str):
         """A value of a stage's metrics, or None where that stage or key is not there."""
         value = self.metrics.get(stage)

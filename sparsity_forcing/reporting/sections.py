@@ -94,7 +94,7 @@ def training_section(inputs: Inputs, params: Params) -> Section:
         blocks.append(Table(f"On the validation split, greedy, at p = {params.sparsity.p:g}", columns, rows))
     rate = train.get("new_tokens_per_second")
     cost = [
-        ["Time", fmt.duration(inputs.training_seconds())],
+        ["Time", fmt.duration(inputs.metric("train", "seconds"))],
         ["Steps", fmt.amount(train.get("steps"))],
         ["Rollouts", fmt.amount(train.get("rollouts"))],
         ["Prompt tokens", fmt.amount(train.get("prompt_tokens"))],

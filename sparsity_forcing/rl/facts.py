@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sparsity_forcing.params import TrainParams
+from sparsity_forcing.rl.cost import TOKEN_RATIO, CostModel
 from sparsity_forcing.rl.rewards import Rewards, group_advantages, joint_rewards
 from sparsity_forcing.rl.rollout import Rollouts
 
@@ -18,13 +19,15 @@ from sparsity_forcing.rl.rollout import Rollouts
 class Facts:
     """(rows,) float32 each, the rollouts of a group next to each other; ``layer_*``: (layers, rows).
 
-    ``logps``: sum of the log-probabilities of all tokens, one number.
+    ``prompt``, ``length``: tokens of the prompt and of the answer. ``logps``: sum of the log-probabilities of all
+    tokens, one number.
     """
 
     correct: Tensor
     p: Tensor
     token_ratio: Tensor
     visual_token_ratio: Tensor
+    prompt: Tensor
     length: Tensor
     truncated: Tensor
     layer_ratio: Tensor
@@ -36,16 +39,17 @@ class Facts:
         """Those of all processes, in the order of the step's rows. ``correct``: (rows,) scores of this process."""
 
         def columns(found: Rollouts) -> Tensor:
-            single = (found.p, found.token_ratio, found.visual_token_ratio, found.completion_mask.sum(-1))
-            return torch.stack([*single, found.truncated, *found.layer_ratio, *found.layer_visual_ratio]).float()
+            ratios, lengths = (found.token_ratio, found.visual_token_ratio), (found.prompt_length, found.length)
+            single = (found.p, *ratios, *lengths, found.truncated)
+            return torch.stack([*single, *found.layer_ratio, *found.layer_visual_ratio]).float()
 
         local = torch.cat([columns(found) for found in rollouts], dim=1)
         local = torch.cat([correct.to(local)[None], local])
-        score, p, ratio, visual, length, truncated, *layers = accelerator.gather(local.T.contiguous()).T
+        score, p, ratio, visual, prompt, length, truncated, *layers = accelerator.gather(local.T.contiguous()).T
         half = len(layers) // 2
         logps = accelerator.gather(torch.stack([found.logps.sum() for found in rollouts]).sum()[None]).sum()
         layer_ratio, layer_visual_ratio = torch.stack(layers[:half]), torch.stack(layers[half:])
-        return cls(score, p, ratio, visual, length, truncated, layer_ratio, layer_visual_ratio, logps)
+        return cls(score, p, ratio, visual, prompt, length, truncated, layer_ratio, layer_visual_ratio, logps)
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,22 @@ class Credit:
     selection_advantages: Tensor
 
 
-def credit(facts: Facts, config: TrainParams) -> Credit:
-    """Rewards and advantages of all groups of a step; advantages are centred over the groups of all processes."""
-    group = config.num_generations
+def credit(facts: Facts, config: TrainParams, costs: CostModel = TOKEN_RATIO, seed: int = 0) -> Credit:
+    """Rewards and advantages of all groups of a step; advantages are centred over the groups of all processes.
+
+    ``seed`` decides whose cost a rollout is paid for where `reward.shuffle` asks for that.
+    """
+    group, reward = config.num_generations, config.reward
+    order = torch.arange(len(facts.p))
+    if reward.shuffle:
+        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
     score = facts.correct.unflatten(0, (-1, group))
     budgets = facts.p.unflatten(0, (-1, group)) if config.center_by_budget else None
 
     def judged(token_ratio: Tensor) -> tuple[Rewards, Tensor]:
-        ratio = token_ratio.unflatten(0, (-1, group))
-        rewards = joint_rewards(score, ratio, config.reward.weight_efficiency)
+        cost = costs.relative(token_ratio, facts.prompt, facts.length)[order.to(token_ratio.device)]
+        gated = reward.gate == "anyone_right"
+        rewards = joint_rewards(score, cost.unflatten(0, (-1, group)), reward.weight_efficiency, gated)
         return rewards, group_advantages(rewards.total, config.scale_rewards, budgets)
 
     rewards, advantages = judged(facts.token_ratio)

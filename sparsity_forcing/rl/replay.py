@@ -24,6 +24,7 @@ class Replay(nn.Module):
         settings: how a layer selects. temperature, sigma: of the rollouts. suppressed: ids that are never sampled.
         logits_chunk: tokens whose logits exist at a time; all at once where None.
         gradient_checkpointing: compute the decoder's activations again in the backward pass.
+        attention_dtype: of attention among kept tokens, that of the rollouts; the model's where None.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Replay(nn.Module):
         sigma: float,
         logits_chunk: int | None = None,
         gradient_checkpointing: bool = False,
+        attention_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.settings, self.temperature, self.suppressed, self.sigma = settings, temperature, suppressed, sigma
         self.logits_chunk, self.gradient_checkpointing = logits_chunk, gradient_checkpointing
+        self.attention_dtype = attention_dtype
 
     def forward(self, prompts: Prompts, rollouts: Rollouts, group: int) -> tuple[Tensor, Tensor]:
         """(rows, tokens) log-probabilities and (layers, rows) log-density of the sampled selection, with gradient.
@@ -56,6 +59,7 @@ class Replay(nn.Module):
                 replay=rollouts.kept,
                 sigma=self.sigma,
                 perturbed=rollouts.perturbed or None,
+                attention_dtype=self.attention_dtype,
             )
             logps = self._logps(self.model, prompts, rollouts, group, cache, context)
         return logps, context.stacked_selection_logps()

@@ -1,4 +1,4 @@
-"""The joint reward r = correct + C · (1 − τ) of a group of rollouts."""
+"""The joint reward r = correct + C · (1 − cost) of a group of rollouts; the cost is τ unless another is chosen."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class Rewards:
         return self.correct + self.efficiency
 
 
-def joint_rewards(correct: Tensor, token_ratio: Tensor, weight_efficiency: float = 1.0) -> Rewards:
+def joint_rewards(correct: Tensor, cost: Tensor, weight_efficiency: float = 1.0, gated: bool = True) -> Rewards:
     """Joint reward of every rollout (Sparsity Forcing, arXiv 2504.18579).
 
     Args:
         correct: (queries, group) scores in 0-1.
-        token_ratio: (queries, group) τ in 0-1.
+        cost: (queries, group) in 0-1, the token ratio τ of the paper.
         weight_efficiency: factor of the efficiency part; 0 trains on correctness alone.
+        gated: with C; without it a wrong group is paid too.
 
     Returns:
         C is 1 for a group in which any rollout scored above one half, else 0: an all-wrong group earns nothing for
@@ -35,14 +36,14 @@ def joint_rewards(correct: Tensor, token_ratio: Tensor, weight_efficiency: float
     Raises:
         ValueError: shapes differ, or a score is not in 0-1.
     """
-    if correct.shape != token_ratio.shape or correct.ndim != 2:
-        raise ValueError(
-            f"want two (queries, group) tensors, got {tuple(correct.shape)} and {tuple(token_ratio.shape)}"
-        )
+    if correct.shape != cost.shape or correct.ndim != 2:
+        raise ValueError(f"want two (queries, group) tensors, got {tuple(correct.shape)} and {tuple(cost.shape)}")
     if not bool(((correct >= 0) & (correct <= 1)).all()):
         raise ValueError("scores must be in 0-1 and not NaN")
-    anyone_right = (correct > 0.5).any(dim=1, keepdim=True).float()
-    return Rewards(correct.float(), weight_efficiency * anyone_right * (1 - token_ratio.float()))
+    efficiency = weight_efficiency * (1 - cost.float())
+    if gated:
+        efficiency = efficiency * (correct > 0.5).any(dim=1, keepdim=True)
+    return Rewards(correct.float(), efficiency)
 
 
 def group_advantages(

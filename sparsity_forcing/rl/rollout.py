@@ -21,8 +21,8 @@ class Rollouts:
 
     ``completions``, ``completion_mask``, ``logps``: (rows, tokens); the mask covers sampled tokens, the stop token
     included. ``kept``, ``perturbed``: per layer (rows, prompt). ``selection_logps``: (layers, rows) log-density of the
-    sampled selection; no layers where sigma is 0. ``p``, ``token_ratio``, ``visual_token_ratio``, ``truncated``:
-    (rows,). ``layer_ratio``, ``layer_visual_ratio``: (layers, rows).
+    sampled selection; no layers where sigma is 0. ``p``, ``token_ratio``, ``visual_token_ratio``, ``truncated``,
+    ``prompt_length``: (rows,). ``layer_ratio``, ``layer_visual_ratio``: (layers, rows).
     """
 
     completions: Tensor
@@ -37,6 +37,12 @@ class Rollouts:
     layer_ratio: Tensor
     layer_visual_ratio: Tensor
     truncated: Tensor
+    prompt_length: Tensor
+
+    @property
+    def length(self) -> Tensor:
+        """(rows,) sampled tokens."""
+        return self.completion_mask.sum(-1)
 
 
 @torch.no_grad()
@@ -49,6 +55,7 @@ def roll_out(
     sampling: Sampling,
     sigma: float = 0.0,
     generator: torch.Generator | None = None,
+    attention_dtype: torch.dtype | None = None,
 ) -> Rollouts:
     """Samples ``group`` answers per query, rows of a group next to each other.
 
@@ -57,10 +64,13 @@ def roll_out(
         p: (queries * group,) budgets.
         sigma: scale of the selection policy, 0 at deployment.
         generator: source of all randomness, on the model's device; needed unless greedy with sigma 0.
+        attention_dtype: of attention among kept tokens; the model's where None.
     """
     cache = run_prefix(model, prompts, group, room=sampling.max_new_tokens)
     layout = prompts.layout.repeat(group)
-    context = SparseContext(settings, layout, p, cache, sigma=sigma, generator=generator)
+    context = SparseContext(
+        settings, layout, p, cache, sigma=sigma, generator=generator, attention_dtype=attention_dtype
+    )
     logits = run_rest(model, prompts, group, cache, None, None, context, keep=1)[:, -1]
     position = prompts.next_position.repeat_interleave(group)
     decoded = decode(model, cache, logits, position, len(prompts.position_ids), context, sampling, generator)
@@ -79,4 +89,5 @@ def roll_out(
         layer_ratio=ratio,
         layer_visual_ratio=visual,
         truncated=decoded.running,
+        prompt_length=layout.valid.sum(-1),
     )

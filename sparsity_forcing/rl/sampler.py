@@ -21,6 +21,7 @@ class Sampler:
     def __init__(self, model, processor, config: TrainParams, sparsity: SparsityParams) -> None:
         self.model, self.processor, self.config, self.sparsity = model, processor, config, sparsity
         self.suppressed = torch.tensor(visual_token_ids(model.config), device=model.device)
+        self.attention_dtype = torch.float64 if config.attention_dtype == "float64" else None
         self._pad_id = processor.tokenizer.pad_token_id
 
     def roll_out(self, rows: Sequence[Row], noise_seed: int) -> Part:
@@ -42,6 +43,7 @@ class Sampler:
             self._sampling(config.temperature),
             sigma,
             noise,
+            self.attention_dtype,
         )
         return Part(rows, prompts, rollouts, repeats)
 

@@ -34,6 +34,7 @@ from sparsity_forcing.models.families import require_supported, vision_tower
 from sparsity_forcing.params import SparsityParams, TrainParams
 from sparsity_forcing.rl.adapters import add_adapters
 from sparsity_forcing.rl.batches import rows_of_step, share_of
+from sparsity_forcing.rl.cost import cost_model
 from sparsity_forcing.rl.errors import TrainingError, explained_memory
 from sparsity_forcing.rl.facts import Credit, Facts, counts, credit
 from sparsity_forcing.rl.master_weights import adamw
@@ -89,6 +90,7 @@ class Trainer:
         self.rows, self.validation_rows = rows, validation_rows[: config.validation_rows]
         self.checkpoints, self.on_step = checkpoints, on_step
         self.score = score_function(config.reward.correct)
+        self.costs = cost_model(model, config.reward.cost, config.reward.latency_batch)
         self.sampler = Sampler(model, processor, config, sparsity)
         self._prepare_weights()
         self.optimizer = adamw(self._trained().values(), lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -102,12 +104,14 @@ class Trainer:
             config.selection_policy.sigma,
             config.logits_chunk,
             config.gradient_checkpointing,
+            self.sampler.attention_dtype,
         )
         replay, optimizer = self.accelerator.prepare(self.passes, self.optimizer)
         self.accelerator.register_for_checkpointing(self.schedule)
         self.updater = Updater(self.accelerator, replay, optimizer, self.schedule, config)
         self.history: list[dict] = []
         self.step = 0
+        self.seconds = 0.0  # what training took so far, the processes before a resume included
         self.best: dict | None = None
         self._below_guard = 0  # validations in a row
         self._replay_warned = False
@@ -117,6 +121,7 @@ class Trainer:
 
         A number that is not finite (of a step that was skipped) is left out of its step's metrics.
         """
+        self._began = time.perf_counter()
         self._resume()
         sizes = (
             sum(value.numel() for value in values) for values in (self._trained().values(), self.model.parameters())
@@ -127,6 +132,7 @@ class Trainer:
         with StopSignal() as stop, decoder_attention(self.model), reference:
             self._run_steps(stop)
         self._take_best()
+        self.seconds = time.perf_counter() - self._began
         if self.adapters is not None:
             self.adapters.merge_and_unload()
         return self.history
@@ -206,7 +212,7 @@ class Trainer:
         group = self.config.num_generations
         correct = torch.tensor([self.score(text, rows[i // group].answer) for i, text in enumerate(texts)])
         facts = Facts.gathered(correct, [part.rollouts for part in parts], self.accelerator)
-        return facts, credit(facts, self.config)
+        return facts, credit(facts, self.config, self.costs, self.seed * 1_000_003 + self.step)
 
     def _micro_batches(self, parts: list[Part], facts: Facts, judged: Credit) -> list[MicroBatch]:
         """What the update goes through, with the reference's log-probabilities."""
@@ -308,7 +314,8 @@ class Trainer:
         self.accelerator.save_state(str(directory), safe_serialization=True)
         if self.accelerator.is_main_process:
             state = {"step": self.step, "skipped_steps": self.updater.skipped_steps, "best": self.best}
-            state |= {"below_guard": self._below_guard, "history": self.history}
+            state |= {"below_guard": self._below_guard, "seconds": time.perf_counter() - self._began}
+            state["history"] = self.history
             write_json_atomic(directory / "trainer.json", state)
         self.accelerator.wait_for_everyone()
 
@@ -322,6 +329,10 @@ class Trainer:
         self.accelerator.load_state(directory)
         self.step, self.updater.skipped_steps = state["step"], state["skipped_steps"]
         self.history, self.best, self._below_guard = state["history"], state["best"], state["below_guard"]
+        self._began -= state["seconds"]
+        if self.accelerator.is_main_process:
+            for metrics in self.history:  # the record of this process is whole
+                self.on_step(metrics, None)
         _log.warning("resumed from %s at step %d of %d", directory, self.step, self.config.steps)
 
     def _newest(self) -> tuple[str, dict] | None:

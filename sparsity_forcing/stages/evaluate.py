@@ -14,12 +14,13 @@ from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.evaluation.runner import Advance, Benchmark, Job, evaluate_rows
 from sparsity_forcing.evaluation.samples import read_samples, write_samples
 from sparsity_forcing.evaluation.table import AVERAGE, BenchmarkTable, benchmark_table, rich_table
-from sparsity_forcing.evaluation.tasks import score_code_digest, write_tasks
+from sparsity_forcing.evaluation.tasks import write_tasks
 from sparsity_forcing.files import write_json_atomic
-from sparsity_forcing.lineage import file_digest
+from sparsity_forcing.lineage import code_digest, file_digest
 from sparsity_forcing.methods import rows_to_compare
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
+from sparsity_forcing.scoring import score_code
 from sparsity_forcing.stages.inputs import require_inputs
 from sparsity_forcing.tracking import Tracker
 
@@ -64,7 +65,7 @@ def write_benchmark(params: Params, root: Path) -> Benchmark:
         "limit": params.evaluate.limit,
     }
     tasks = write_tasks(read_rows(root / TEST), root / TASKS, **settings)
-    content = [file_digest(root / TEST, "sha256"), settings, score_code_digest(settings["score"])]
+    content = [file_digest(root / TEST, "sha256"), settings, code_digest(score_code(settings["score"]))]
     return Benchmark(
         directory=root / TASKS,
         tasks=tasks,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import logging
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.rl.trainer import Trainer
 from sparsity_forcing.rl.validation import VALIDATED
-from sparsity_forcing.scoring import score_source
+from sparsity_forcing.scoring import score_code
 from sparsity_forcing.stages.inputs import require_inputs
 from sparsity_forcing.tracking import Run, Tracker
 
@@ -60,7 +59,6 @@ def run(params: Params, root: Path) -> dict:
         root / CHECKPOINTS, identity(params, root, process.num_processes), params.train.keep_checkpoints
     )
     model, processor = load(root / BASE, params.model.dtype, str(process.device))
-    started = time.perf_counter()
     with _recorded(tracker, params, root) as record:
         with _Reporter(record, params.train.steps) as report:
             trainer = Trainer(
@@ -75,7 +73,7 @@ def run(params: Params, root: Path) -> dict:
                 report,
             )
             history = trainer.train()
-        metrics = _summary(history, trainer.best, time.perf_counter() - started, params)
+        metrics = _summary(history, trainer.best, trainer.seconds, params)
         if record is not None:
             version = _hand_back(model, processor, history, metrics, root, tracker, record)
     if record is not None:
@@ -86,8 +84,7 @@ def run(params: Params, root: Path) -> dict:
 
 def identity(params: Params, root: Path, processes: int) -> str:
     """Names all that decides the weights that come out: a checkpoint of anything else is not resumed from."""
-    scorer = score_source(params.train.reward.correct)
-    code = [*CODE, Path(sparsity_kernels.__file__).parent, *([scorer] if scorer else [])]
+    code = [*CODE, Path(sparsity_kernels.__file__).parent, *score_code(params.train.reward.correct)]
     decisive = {
         "train": params.train.model_dump(exclude=INDIFFERENT),
         "sparsity": params.sparsity.model_dump(),
@@ -189,7 +186,7 @@ def _curves(history: list[dict]) -> pd.DataFrame:
 
 
 def _summary(history: list[dict], best: dict | None, seconds: float, params: Params) -> dict:
-    """metrics/train.json. ``seconds`` counts this process; the steps' own times survive a resume."""
+    """metrics/train.json. ``seconds``: of all processes that the training took, ``step_seconds`` without validation."""
     validated = [row for row in history if "validation_accuracy" in row]
     first, last = history[0], validated[-1]
     chosen = best or {"step": len(history), **{name: last[f"validation_{name}"] for name in VALIDATED}}

@@ -115,3 +115,24 @@ def test_scoring_rows_inside_a_shared_prefix_are_refused(layout, attention):
 def test_one_budget_per_row(layout):
     with pytest.raises(ValueError, match=r"shape \(2,\), got \(3,\)"):
         SparseContext(SETTINGS, layout, torch.ones(3))
+
+
+@pytest.mark.parametrize("p", [0.0, -0.5, 1.5, float("nan")])
+def test_a_budget_out_of_range_is_refused(layout, p):
+    with pytest.raises(ValueError, match=r"budgets p must be in \(0, 1\], got \[0.5, "):
+        SparseContext(SETTINGS, layout, torch.tensor([0.5, p]))
+
+
+def test_a_sampled_selection_needs_a_generator(layout):
+    with pytest.raises(ValueError, match=r"sampling a selection with sigma 0\.5 needs a generator"):
+        SparseContext(SETTINGS, layout, torch.ones(2), sigma=0.5)
+
+
+def test_what_is_not_finite_is_said_as_often_as_asked(layout, attention):
+    query, key = attention
+    context = SparseContext(SETTINGS, layout, torch.ones(2))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="attention mass is not finite"):
+            context.choose(0, query * torch.nan, key, 0, SCALE)
+        with pytest.raises(ValueError, match="attention mass is not finite"):
+            context.check()

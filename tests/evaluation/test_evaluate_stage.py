@@ -20,7 +20,6 @@ from sparsity_forcing.data.schema import Row, write_rows
 from sparsity_forcing.evaluation.runner import CODE
 from sparsity_forcing.evaluation.samples import read_samples
 from sparsity_forcing.evaluation.table import load_table
-from sparsity_forcing.evaluation.tasks import score_code_digest
 from sparsity_forcing.evaluation.workers import WorkerError
 from sparsity_forcing.params import Params, parse_params
 from sparsity_forcing.stages import evaluate
@@ -189,17 +188,6 @@ def test_the_fingerprint_depends_on_the_users_score_function_and_what_lies_besid
     assert before == digest() != evaluate.write_benchmark(params, root).digest
     (root / "user_scores/helper.py").write_text("def same(said, answer): return said.strip() == answer\n")
     assert digest() != before
-
-
-def test_a_score_function_in_a_file_of_its_own_does_not_stand_for_its_neighbours(tmp_path, monkeypatch):
-    (tmp_path / "lone_score.py").write_text("def score(said, answer): return 1.0\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = score_code_digest("lone_score:score")
-    (tmp_path / "neighbour.py").write_text("")
-    assert score_code_digest("lone_score:score") == before
-    (tmp_path / "lone_score.py").write_text("def score(said, answer): return 0.0\n")
-    assert score_code_digest("lone_score:score") != before
-    assert score_code_digest("anls") == ""
 
 
 def test_the_code_in_the_fingerprint_is_all_that_decides_an_answer():

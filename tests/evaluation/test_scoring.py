@@ -1,11 +1,10 @@
 """Score functions by hand-made cases, the known ways to cheat among them."""
 
 import math
-from pathlib import Path
 
 import pytest
 
-from sparsity_forcing.scoring import SCORE_FUNCTIONS, ScoreError, score_function, score_source
+from sparsity_forcing.scoring import SCORE_FUNCTIONS, ScoreError, score_code, score_function
 
 
 def returns_two(prediction: str, answer: str) -> float:
@@ -104,13 +103,20 @@ def test_an_error_of_the_users_function_names_it_and_what_it_was_given():
         score_function(f"{__name__}:breaks")("x", "")
 
 
-@pytest.mark.parametrize("name", [*SCORE_FUNCTIONS, "math:gcd"])
-def test_functions_without_a_file_of_their_own_have_no_source(name):
-    assert score_source(name) is None
+@pytest.mark.parametrize("name", [*SCORE_FUNCTIONS, "sys:intern"])
+def test_functions_of_this_package_or_built_in_are_no_code_of_the_user(name):
+    assert score_code(name) == []
 
 
-def test_the_source_of_the_users_function_is_its_file():
-    assert score_source(f"{__name__}:always_right") == Path(__file__)
+def test_the_code_of_the_users_function_is_its_file_or_its_whole_package(tmp_path, monkeypatch):
+    (tmp_path / "lone_score.py").write_text("def score(said, answer): return 1.0\n")
+    package = tmp_path / "package_of_scores"
+    (package / "deep").mkdir(parents=True)
+    for file in (package / "__init__.py", package / "deep/__init__.py"):
+        file.write_text("def score(said, answer): return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert score_code("lone_score:score") == [tmp_path / "lone_score.py"]
+    assert score_code("package_of_scores.deep:score") == [package]
 
 
 @pytest.mark.parametrize("function", ["returns_two", "returns_nan"])

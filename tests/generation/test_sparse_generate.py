@@ -109,6 +109,9 @@ def test_what_is_wrong_is_named(tiny):
         sparse_generate(model, inputs, temperature=1.0)
     with pytest.raises(ValueError, match="share no visual prefix"):
         sparse_generate(model, inputs, num_return_sequences=2, prefill="sparse", scoring_rows="probe")
+    for name, value in {"max_new_tokens": 0, "num_return_sequences": 0, "temperature": -1.0}.items():
+        with pytest.raises(ValueError, match=rf"{name} must be at least \d, got {value}"):
+            sparse_generate(model, inputs, **{name: value}, generator=torch.Generator())
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a CUDA device"):
             sparse_generate(model, inputs, cuda_graph=True)
@@ -118,3 +121,53 @@ def test_what_is_wrong_is_named(tiny):
             sparse_generate(model, inputs)
     finally:
         model.eval()
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill": "sparse", "scoring_rows": "probe"}])
+def test_padding_on_the_right_is_refused(tiny, settings):
+    model, processor = tiny
+    inputs = encode(processor, [question(6), TEXT_ONLY])
+    flipped = {name: inputs[name].flip(1) for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match=r'padded on the left: set processor\.tokenizer\.padding_side = "left"'):
+        sparse_generate(model, {**inputs, **flipped}, **settings)
+
+
+def test_without_a_mask_every_token_is_real(tiny):
+    model, processor = tiny
+    inputs = dict(encode(processor, [question(6)]))
+    expected = sparse_generate(model, inputs, 0.6, max_new_tokens=3)
+    del inputs["attention_mask"]
+    assert torch.equal(sparse_generate(model, inputs, 0.6, max_new_tokens=3).tokens, expected.tokens)
+
+
+def test_attention_that_is_no_number_is_an_error(tiny):
+    model, processor = tiny
+    key = model.model.language_model.layers[1].self_attn.k_proj
+    handle = key.register_forward_hook(lambda module, args, output: output * torch.nan)
+    try:
+        with pytest.raises(ValueError, match="attention mass is not finite"):
+            sparse_generate(model, encode(processor, [question(6)]), 0.6)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("stops_after", [3, 8, 13, None])
+def test_a_captured_loop_gives_what_the_plain_one_gives(temperature, stops_after):
+    model, processor = sharp_model(dtype=torch.float32)
+    model.cuda()
+    inputs = {name: value.cuda() for name, value in encode(processor, mixed_questions(), torch.float32).items()}
+    options = {"max_new_tokens": 20, "temperature": temperature}
+
+    def answers(captured: bool):
+        noise = torch.Generator("cuda").manual_seed(5)
+        return sparse_generate(model, inputs, 0.8, generator=noise, cuda_graph=captured, **options)
+
+    if stops_after is not None:
+        model.generation_config.eos_token_id = int(answers(False).tokens[0, stops_after - 1])
+    plain, captured = answers(False), answers(True)
+    assert torch.equal(captured.tokens, plain.tokens)
+    assert torch.equal(captured.mask, plain.mask)
+    torch.testing.assert_close(captured.logps, plain.logps, rtol=1e-4, atol=1e-4)

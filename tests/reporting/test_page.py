@@ -147,7 +147,6 @@ CHANGES = {
     "skipped steps": ("metrics/train.json", {"skipped_steps": 1717}, "1,717"),
     "replay": ("metrics/train.json", {"replay_max_difference": 7.7e-9}, "7.7e-09"),
     "end of training": ("metrics/train.json", {"end": {"visual_token_ratio": 0.04321}}, "4.3%"),
-    "resumed training": ("metrics/train.json", {"step_seconds": 54321.0}, "15 h 5 min"),
     "profile": ("metrics/profile.json", {"by_budget": [PROFILE_POINT | {"token_ratio": 0.45678}]}, "45.7%"),
     "parameters": ("metrics/base.json", {"parameters": 7654321}, "7,654,321 parameters"),
     "base time": ("metrics/base.json", {"seconds": 54.0}, "54 s"),

@@ -16,6 +16,7 @@ def policy(tiny):
     with decoder_attention(model):
         yield model, processor
     model.zero_grad(set_to_none=True)
+    model.eval()
 
 
 @pytest.fixture

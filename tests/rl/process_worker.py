@@ -24,7 +24,7 @@ SCENES = {
 
 def train(directory: Path, scene: str) -> tuple[dict, dict]:
     """Weights after four steps; the history and what was reported."""
-    from test_trainer import Recorder, rows, trainer_of  # once the operators that transformers needs are declared
+    from runs import Recorder, rows, trainer_of  # once the operators that transformers needs are declared
 
     recorder = Recorder()
     trainer = trainer_of(directory / "checkpoints", recorder, train=rows("train", 6), **CONFIG, **SCENES[scene])

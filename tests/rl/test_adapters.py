@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from test_trainer import trainer_of
+from runs import trainer_of
 
 LORA = {"r": 4, "alpha": 8.0, "targets": ["q_proj", "k_proj"]}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_trainer import trainer_of
+from runs import trainer_of
 from torch import nn
 
 from sparsity_forcing.rl.master_weights import MasterAdamW, adamw

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from runs import rows, trainer_of
 from scenes import assert_same
-from test_trainer import rows, trainer_of
 
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.data.schema import Row

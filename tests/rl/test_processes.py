@@ -16,9 +16,9 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from process_worker import SCENES, train
+from runs import timeless
 from safetensors.torch import load_file
 from test_train_stage import newest, prepared  # noqa: F401  (a fixture)
-from test_trainer import timeless
 
 from sparsity_forcing.rl.batches import share_of
 

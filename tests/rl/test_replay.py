@@ -15,6 +15,7 @@ from scenes import (
     replay_of,
     replayed,
     rollouts_of,
+    sampling,
     suppressed,
 )
 from tiny_prompts import encode, extend, mixed_questions, sharp_model
@@ -22,6 +23,7 @@ from tiny_prompts import encode, extend, mixed_questions, sharp_model
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.models.families import FAMILIES
 from sparsity_forcing.params import SparsityParams
+from sparsity_forcing.rl.rollout import roll_out
 
 GROUP = 2
 BUDGETS = torch.tensor([0.5, 0.8]).repeat(4)
@@ -66,6 +68,20 @@ def test_replay_in_single_precision(single, prefill):
     prompts, rollouts, group = scene(model, processor, settings, sigma=0.5)
     logps, _ = replayed(model, prompts, rollouts, group, settings, sigma=0.5)
     assert (logps - rollouts.logps).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("prefill", ["suffix", "dense", "sparse"])
+def test_attention_in_float64_rounds_a_float32_models_replay_no_more(single, prefill):
+    model, processor = single
+    settings, dtype = kind(prefill, "text"), torch.float64
+    prompts, plain, group = scene(model, processor, settings, sigma=0.5)
+    noise = torch.Generator().manual_seed(0)
+    answers = sampling(model)
+    rollouts = roll_out(model, prompts, BUDGETS, group, settings, answers, 0.5, noise, attention_dtype=dtype)
+    logps, _ = replayed(model, prompts, rollouts, group, settings, sigma=0.5, attention_dtype=dtype)
+    assert logps.dtype == rollouts.logps.dtype == torch.float32
+    assert (logps - rollouts.logps)[rollouts.completion_mask].abs().max() < 1e-6
+    torch.testing.assert_close(rollouts.logps[:, 0], plain.logps[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_after_the_stop_token_do_not_matter(policy):

@@ -1,131 +1,23 @@
-"""The trainer: exact resume, skipped steps, what it logs and what it leaves behind."""
+"""The trainer: skipped steps, what it logs and what it leaves behind."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_prompts import sharp_model
+from runs import SPARSITY, Recorder, StopAfter, assert_bit_equal, rows, trainer_of
 
 import sparsity_forcing.rl.sampler as sampler_module
 import sparsity_forcing.rl.trainer as trainer_module
 import sparsity_forcing.rl.update as update_module
-from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import Checkpoints
-from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import Row
-from sparsity_forcing.params import DigitsParams, SparsityParams, TrainParams
+from sparsity_forcing.params import SparsityParams
 from sparsity_forcing.rl.rewards import group_advantages, joint_rewards
-from sparsity_forcing.rl.trainer import Trainer, TrainingError
-
-SPARSITY = SparsityParams(p=0.8)
-CONFIG = {
-    "steps": 4,
-    "prompts_per_step": 2,
-    "num_generations": 4,
-    "budgets": (0.6, 0.9),
-    "max_completion_length": 4,
-    "learning_rate": 1e-2,
-    "warmup_steps": 3,
-    "checkpoint_every": 2,
-    "validate_every": 2,
-    "validation_rows": 3,
-    "log_samples_every": 2,
-}
-
-
-def rows(split: str, count: int) -> list[Row]:
-    return [digits_row(DigitsParams(grids=(4, 5)), 0, split, place) for place in range(count)]
-
-
-class Recorder:
-    """Keeps what the trainer reports."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict] = []
-        self.tables: list[list[dict]] = []
-
-    def __call__(self, metrics: dict, table: list[dict] | None) -> None:
-        self.steps.append(metrics)
-        self.tables += [] if table is None else [table]
-
-
-def trainer_of(
-    directory: Path, recorder=None, train=None, sparsity=SPARSITY, identity="abc", dtype=torch.float32, **changes
-) -> Trainer:
-    model, processor = sharp_model(dtype=dtype)
-    config = TrainParams(**{**CONFIG, **changes})
-    checkpoints = Checkpoints(directory, identity)
-    train = rows("train", 6) if train is None else train
-    report = recorder or Recorder()
-    return Trainer(model, processor, train, rows("validation", 4), config, sparsity, 3, checkpoints, report)
-
-
-def state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights and optimizer moments."""
-    named = {f"model.{name}": value.clone() for name, value in trainer.model.state_dict().items()}
-    for index, moments in trainer.optimizer.state_dict()["state"].items():
-        named |= {f"optimizer.{index}.{name}": torch.as_tensor(value).clone() for name, value in moments.items()}
-    return named
-
-
-def assert_bit_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-
-
-def timeless(history: list[dict]) -> list[dict]:
-    """The history without what a clock says."""
-    clocks = ("seconds", "per_second")
-    return [{name: v for name, v in row.items() if not any(clock in name for clock in clocks)} for row in history]
-
-
-class StopAfter(Recorder):
-    """Ends the process' training after a step, as a power cut would."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self.step = step
-
-    def __call__(self, metrics: dict, table: list[dict] | None) -> None:
-        super().__call__(metrics, table)
-        if metrics["step"] == self.step:
-            raise ConnectionAbortedError
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"selection_policy": {"sigma": 0.0}},
-        {"freeze_vision": False},
-        {"dtype": torch.bfloat16},
-        {"lora": {"r": 4}},
-        {"num_iterations": 2, "rollout_prompts": 1, "gradient_checkpointing": True, "logits_chunk": 5},
-    ],
-)
-def test_a_resumed_run_is_the_run_that_was_never_interrupted(tmp_path, caplog, change):
-    straight = trainer_of(tmp_path / "straight", **change)
-    history = straight.train()
-
-    interrupted = trainer_of(tmp_path / "resumed", StopAfter(3), **change)
-    with pytest.raises(ConnectionAbortedError):
-        interrupted.train()
-    resumed = trainer_of(tmp_path / "resumed", **change)
-    torch.manual_seed(99)  # what the process drew before must not matter
-    resumed_history = resumed.train()
-    assert "resumed from" in caplog.text
-    assert "at step 2 of 4" in caplog.text
-    assert_bit_equal(state(resumed), state(straight))
-    assert timeless(resumed_history) == timeless(history)
-    assert [row["step"] for row in history] == [1, 2, 3, 4]
+from sparsity_forcing.rl.trainer import TrainingError
 
 
 def test_training_moves_all_trained_weights_and_no_others(tmp_path):
@@ -294,45 +186,6 @@ def test_an_empty_answer_earns_nothing(tmp_path):
     assert trainer.score("something", "anything") == 1
 
 
-def test_a_corrupted_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
-    straight = trainer_of(tmp_path / "straight", checkpoint_every=1)
-    straight.train()
-    with pytest.raises(ConnectionAbortedError):
-        trainer_of(tmp_path / "resumed", StopAfter(4), checkpoint_every=1).train()
-    newest = Checkpoints(tmp_path / "resumed", "abc").latest()[1]
-    weights = next(newest.glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-    resumed = trainer_of(tmp_path / "resumed", checkpoint_every=1)
-    resumed.train()
-    assert f"{newest} is corrupted" in caplog.text
-    assert "at step 2 of 4" in caplog.text
-    assert_bit_equal(state(resumed), state(straight))
-
-
-def test_another_configuration_starts_over(tmp_path, caplog):
-    trainer_of(tmp_path, steps=2).train()
-    other = trainer_of(tmp_path, identity="def", steps=2)
-    assert len(other.train()) == 2
-    assert "resumed" not in caplog.text
-
-
-def test_asked_to_stop_it_ends_its_step_saves_and_exits(tmp_path):
-    def ask(metrics: dict, table) -> None:
-        if metrics["step"] == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped:
-        trainer_of(tmp_path, ask).train()
-    assert stopped.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert Checkpoints(tmp_path, "abc").latest()[0] == 1
-    straight, resumed = trainer_of(tmp_path / "straight"), trainer_of(tmp_path)
-    straight.train()
-    resumed.train()
-    assert_bit_equal(state(resumed), state(straight))
-
-
 def test_too_few_rows_are_refused(tmp_path):
     with pytest.raises(TrainingError, match=r"1 training rows are fewer than train.prompts_per_step \(2\)"):
         trainer_of(tmp_path, train=rows("train", 1))
@@ -344,93 +197,6 @@ def test_the_batch_arithmetic_is_printed(tmp_path, caplog):
     assert (
         "1 steps x 2 prompts x 4 generations = 8 rollouts (8 a step, 8 a process); 0.33 epochs of 6 rows" in caplog.text
     )
-
-
-def test_the_policy_is_the_sparsest_validated_step_within_the_guard(tmp_path):
-    trainer = trainer_of(tmp_path / "whole", validate_every=1, accuracy_guard=1.0)
-    history = trainer.train()
-    ratios = [row["validation_token_ratio"] for row in history]
-    assert len(set(ratios)) > 1, "every step kept the same share: nothing to choose between"
-    best = 1 + ratios.index(min(ratios))
-    assert trainer.best["step"] == best
-    assert trainer.best["token_ratio"] == min(ratios)
-
-    shorter = trainer_of(tmp_path / "part", validate_every=1, accuracy_guard=1.0)
-    while shorter.step < best:  # the same run, stopped at the chosen step
-        with_attention(shorter)
-    for name, value in shorter.model.state_dict().items():
-        assert torch.equal(value, trainer.model.state_dict()[name]), name
-
-
-def with_attention(trainer: Trainer) -> None:
-    with decoder_attention(trainer.model), decoder_attention(trainer.reference):
-        if trainer.step == 0:
-            trainer._start = {f"start_{name}": value for name, value in trainer.validate().items()}
-        trainer._one_step()
-
-
-def test_no_step_within_the_guard_is_said_and_the_last_step_is_kept(tmp_path, caplog, monkeypatch):
-    trainer = trainer_of(tmp_path, accuracy_guard=0.0)
-    monkeypatch.setattr(trainer, "validate", falling_accuracy())
-    trainer.train()
-    assert trainer.best is None
-    assert "no validated step kept its accuracy within train.accuracy_guard (0)" in caplog.text
-
-
-def test_validations_below_the_guard_end_the_training(tmp_path, caplog, monkeypatch):
-    trainer = trainer_of(tmp_path, accuracy_guard=0.0, validate_every=1, checkpoint_every=2, stop_below_guard=2)
-    monkeypatch.setattr(trainer, "validate", falling_accuracy())
-    assert [row["step"] for row in trainer.train()] == [1, 2]
-    assert "stopped early at step 2: 2 validations in a row fell below train.accuracy_guard (0)" in caplog.text
-    again = trainer_of(tmp_path, accuracy_guard=0.0, validate_every=1, stop_below_guard=2)
-    assert len(again.train()) == 2  # started again it does not go on
-
-
-def test_one_validation_above_the_guard_starts_the_count_anew(tmp_path, monkeypatch):
-    trainer = trainer_of(tmp_path, accuracy_guard=0.0, validate_every=1, stop_below_guard=2)
-    accuracy = iter([0.5, 0.4, 0.6, 0.4, 0.4])
-    ratios = {"token_ratio": 0.5, "visual_token_ratio": 0.5}
-    monkeypatch.setattr(trainer, "validate", lambda: {"accuracy": next(accuracy), **ratios})
-    assert len(trainer.train()) == 4
-
-
-def test_the_chosen_weights_are_those_of_the_record_after_a_resume(tmp_path):
-    """The run was cut off after a better step than any its checkpoint knows of."""
-    changes = {"validate_every": 1, "accuracy_guard": 1.0, "checkpoint_every": 2}
-    straight = trainer_of(tmp_path / "straight", **changes)
-    straight.train()
-    with pytest.raises(ConnectionAbortedError):
-        trainer_of(tmp_path / "resumed", StopAfter(3), **changes).train()
-    resumed = trainer_of(tmp_path / "resumed", **changes)
-    resumed.train()
-    assert resumed.best == straight.best
-    assert_bit_equal(resumed.model.state_dict(), straight.model.state_dict())
-
-
-def damage_best(directory: Path) -> None:
-    for path in directory.glob("abc/best-*/weights.safetensors"):
-        path.write_bytes(path.read_bytes()[:-1] + b"\x00")
-
-
-def test_damaged_chosen_weights_do_not_stop_a_resumed_run(tmp_path, caplog):
-    changes = {"validate_every": 1, "accuracy_guard": 1.0, "checkpoint_every": 2}
-    with pytest.raises(ConnectionAbortedError):
-        trainer_of(tmp_path, StopAfter(3), **changes).train()
-    damage_best(tmp_path)
-    resumed = trainer_of(tmp_path, **changes)
-    resumed.train()
-    assert "are corrupted (weights.safetensors has another checksum" in caplog.text
-    assert "chosen among the validated steps to come" in caplog.text
-    assert resumed.best["step"] > 2
-
-
-def test_chosen_weights_damaged_during_the_run_are_named(tmp_path):
-    def damage(metrics: dict, table) -> None:
-        if metrics["step"] == 4:
-            damage_best(tmp_path)
-
-    with pytest.raises(TrainingError, match=r"the chosen weights of step \d are gone or damaged"):
-        trainer_of(tmp_path, damage, accuracy_guard=1.0).train()
 
 
 def test_a_replay_that_is_not_the_rollout_is_warned_of_once(tmp_path, caplog, monkeypatch):
@@ -524,8 +290,3 @@ def test_every_budget_has_its_reward_accuracy_and_advantage(tmp_path):
     assert row["p0.600/reward"] > row["p0.900/reward"]
     assert row["replay_mean_difference"] <= row["replay_q99_difference"] <= row["replay_q999_difference"]
     assert row["replay_q999_difference"] <= row["replay_max_difference"]
-
-
-def falling_accuracy():
-    accuracy = iter([0.9, 0.8, 0.7])
-    return lambda: {"accuracy": next(accuracy), "token_ratio": 0.5, "visual_token_ratio": 0.5}

@@ -1,0 +1,62 @@
+"""Which validated step becomes the policy, and when the accuracy guard ends the training."""
+
+from __future__ import annotations
+
+import torch
+from runs import trainer_of
+
+from sparsity_forcing.attention.api import decoder_attention
+from sparsity_forcing.rl.trainer import Trainer
+
+
+def test_the_policy_is_the_sparsest_validated_step_within_the_guard(tmp_path):
+    trainer = trainer_of(tmp_path / "whole", validate_every=1, accuracy_guard=1.0)
+    history = trainer.train()
+    ratios = [row["validation_token_ratio"] for row in history]
+    assert len(set(ratios)) > 1, "every step kept the same share: nothing to choose between"
+    best = 1 + ratios.index(min(ratios))
+    assert trainer.best["step"] == best
+    assert trainer.best["token_ratio"] == min(ratios)
+
+    shorter = trainer_of(tmp_path / "part", validate_every=1, accuracy_guard=1.0)
+    while shorter.step < best:  # the same run, stopped at the chosen step
+        with_attention(shorter)
+    for name, value in shorter.model.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
+def with_attention(trainer: Trainer) -> None:
+    with decoder_attention(trainer.model), decoder_attention(trainer.reference):
+        if trainer.step == 0:
+            trainer._start = {f"start_{name}": value for name, value in trainer.validate().items()}
+        trainer._one_step()
+
+
+def test_no_step_within_the_guard_is_said_and_the_last_step_is_kept(tmp_path, caplog, monkeypatch):
+    trainer = trainer_of(tmp_path, accuracy_guard=0.0)
+    monkeypatch.setattr(trainer, "validate", falling_accuracy())
+    trainer.train()
+    assert trainer.best is None
+    assert "no validated step kept its accuracy within train.accuracy_guard (0)" in caplog.text
+
+
+def test_validations_below_the_guard_end_the_training(tmp_path, caplog, monkeypatch):
+    trainer = trainer_of(tmp_path, accuracy_guard=0.0, validate_every=1, checkpoint_every=2, stop_below_guard=2)
+    monkeypatch.setattr(trainer, "validate", falling_accuracy())
+    assert [row["step"] for row in trainer.train()] == [1, 2]
+    assert "stopped early at step 2: 2 validations in a row fell below train.accuracy_guard (0)" in caplog.text
+    again = trainer_of(tmp_path, accuracy_guard=0.0, validate_every=1, stop_below_guard=2)
+    assert len(again.train()) == 2  # started again it does not go on
+
+
+def test_one_validation_above_the_guard_starts_the_count_anew(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, accuracy_guard=0.0, validate_every=1, stop_below_guard=2)
+    accuracy = iter([0.5, 0.4, 0.6, 0.4, 0.4])
+    ratios = {"token_ratio": 0.5, "visual_token_ratio": 0.5}
+    monkeypatch.setattr(trainer, "validate", lambda: {"accuracy": next(accuracy), **ratios})
+    assert len(trainer.train()) == 4
+
+
+def falling_accuracy():
+    accuracy = iter([0.9, 0.8, 0.7])
+    return lambda: {"accuracy": next(accuracy), "token_ratio": 0.5, "visual_token_ratio": 0.5}
