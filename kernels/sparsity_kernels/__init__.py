@@ -12,7 +12,7 @@ Each takes ``impl="auto" | "eager" | "triton"`` (`backend`).
 """
 
 from sparsity_kernels.attention_mass import attention_mass
-from sparsity_kernels.backend import BackendError, Impl
+from sparsity_kernels.backend import BackendError, Impl, device_of
 from sparsity_kernels.compaction import CapacityError, RaggedCache, compact
 from sparsity_kernels.kept_attention import causal_attention, kept_attention
 from sparsity_kernels.ragged_attention import ragged_attention
@@ -26,6 +26,7 @@ __all__ = [
     "attention_mass",
     "causal_attention",
     "compact",
+    "device_of",
     "keep_highest",
     "kept_attention",
     "ragged_attention",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sparsity_kernels import Impl, RaggedCache, compact
+from sparsity_kernels import Impl, RaggedCache, compact, device_of
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -65,8 +65,9 @@ class PrunedLayer(DynamicLayer):
             return
         lengths = torch.empty(len(kept), dtype=torch.long, pin_memory=True)
         lengths.copy_(kept.sum(-1), non_blocking=True)
-        counted = torch.cuda.Event()
-        counted.record()
+        with device_of(kept):  # the event is of the stream that copies
+            counted = torch.cuda.Event()
+            counted.record()
         self._settling = (kept, lengths, counted, impl)
 
     def settle(self) -> None:

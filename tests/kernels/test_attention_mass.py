@@ -339,7 +339,8 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    "dtype, dim, message", [(torch.float64, 64, "got .* float64"), (torch.float32, 8, "from 16 to 256, got 8")]
+    "dtype, dim, message",
+    [(torch.float64, 64, "got .* float64"), (torch.float32, 8, "head dim must be in 16 … 256, got 8")],
 )
 def test_triton_refuses_what_its_kernels_do_not_take(dtype, dim, message):
     with pytest.raises(ValueError, match=message):

@@ -232,6 +232,50 @@ def test_what_a_graph_replays_is_written_where_room_was_reserved(impl):
     assert cache.lengths == appended.lengths == cache.length.tolist()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU nobody looks")
+def test_writing_without_room_is_said_before_anything_is_written(impl, layout):
+    cache = small(impl, layout, room=1)
+    cache.reserve(1)
+    cache.write(*new_entries(2, 1, 1, 16))
+    before = [tensor.clone() for tensor in (cache.key, cache.value, cache.slots, cache.length)]
+    with pytest.raises(CapacityError, match="no room for 2 new entries a row: capacities"):
+        cache.write(*new_entries(2, 1, 2, 16))
+    for old, now in zip(before, [cache.key, cache.value, cache.slots, cache.length], strict=True):
+        assert torch.equal(old, now)
+
+
+@pytest.mark.parametrize("heads", [1, 40])
+def test_the_kernel_writes_no_entry_that_a_row_has_no_room_for(heads):
+    key, value, kept = layer(3, heads, 20, 128)
+    cache = compact(key, value, kept, room=2, impl="triton", layout="packed")
+    expected = compact(key, value, kept, room=2, impl="triton", layout="packed")
+    new = new_entries(3, heads, 5, 128)
+    slots = torch.arange(30, 35, device=DEVICE).expand(3, -1)
+    expected.append(*(tensor[:, :, :2] for tensor in new), slots[:, :2])
+    buffers = [torch.cat([tensor, torch.full_like(tensor, 7)[:8]]) for tensor in (cache.key, cache.value, cache.slots)]
+    cache.key, cache.value, cache.slots = (buffer[: len(cache.key)] for buffer in buffers)  # 7 lies behind them
+    for _ in range(2):
+        cache._write(*new, slots)  # as a graph that is replayed: nobody has looked
+        assert torch.equal(cache.length, expected.length)
+        for name in ("key", "value", "slots"):
+            assert torch.equal(getattr(cache, name), getattr(expected, name))
+        assert all((buffer[len(cache.key) :] == 7).all() for buffer in buffers)
+
+
+def test_room_cannot_be_given_back_by_reserving():
+    cache = small(room=1)
+    with pytest.raises(ValueError, match="new must not be negative, got -5"):
+        cache.reserve(-5)
+    assert cache.room_left == 1
+
+
+def test_float64_is_eager_only():
+    given = torch.randn(2, 1, 1, 5, 16, dtype=torch.float64, device=DEVICE), torch.ones(1, 5, device=DEVICE).bool()
+    assert compact(*given[0], given[1]).key.dtype == torch.float64
+    with pytest.raises(ValueError, match="takes tensors of float32, bfloat16, float16, got tensors of float64"):
+        compact(*given[0], given[1], impl="triton")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_an_append_can_be_captured_into_a_cuda_graph():

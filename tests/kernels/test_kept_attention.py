@@ -230,7 +230,7 @@ def test_causal_attention_is_that_of_the_formula(length, heads, kv_heads):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("query", lambda t: t[0], "query must have four dimensions"),
+        ("query", lambda t: t[0], "query must have 4 dimensions"),
         ("query", lambda t: t.int(), "float32, bfloat16, float16, float64"),
         ("query", lambda t: t.transpose(2, 3).contiguous().transpose(2, 3), "contiguous in its last dimension"),
         ("query", lambda t: t[:, :3], "do not fit"),
@@ -252,6 +252,76 @@ def test_bad_arguments_are_named(name, change, message):
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=message):
         kept_attention(**arguments)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU nobody looks")
+@IMPLS
+@pytest.mark.parametrize("limit, got", [(8, "1 … 8"), (-1, "-1 … 7"), (2**40, "1 … 1099511627776")])
+def test_limits_outside_the_index_are_named(impl, limit, got):
+    *tensors, index, limits = problem(5, 9, 7, 4, 2)
+    limits = limits.clamp(min=1)
+    limits[1, 2] = limit
+    with pytest.raises(ValueError, match=rf"limits must be in \[0, 7\].*got {got}"):
+        kept_attention(*tensors, index, limits, SCALE, impl)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU nobody looks")
+@IMPLS
+@pytest.mark.parametrize("slot", [-1, 9])
+def test_slots_outside_the_sample_are_named_where_they_are_used(impl, slot):
+    *tensors, index, limits = problem(5, 9, 7, 4, 2)
+    for unused in (4, 0):
+        limits[1] = limits[1].clamp(max=unused)
+        expected = kept_attention(*tensors, index, limits, SCALE, impl)
+        index[1, unused:] = slot
+        assert torch.equal(kept_attention(*tensors, index, limits, SCALE, impl), expected)
+    limits[1, 0] = 1
+    with pytest.raises(ValueError, match=rf"slots in \[0, 9\) within the limits, got .*{slot}"):
+        kept_attention(*tensors, index, limits, SCALE, impl)
+
+
+def finite_problem():
+    """(query, key, value) of 40 slots without NaN, and 30 slots of each sample from 1 on."""
+    tensors = [tensor.nan_to_num() for tensor in problem(5, 40, 30, 4, 2)[:3]]
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(39, generator=generator)[:30].sort().values + 1 for _ in range(2)])
+    return tensors, index.to(DEVICE)
+
+
+def unchecked(tensors, index, limits):
+    """What the kernels give where nobody looks at index and limits, as on a GPU."""
+    from sparsity_kernels.kept_attention.triton import kept_attention_triton
+
+    gradient = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    attend = lambda *qkv: kept_attention_triton(*qkv, index, limits, SCALE)  # noqa: E731
+    return with_gradients(attend, tensors, gradient.to(DEVICE)), gradient
+
+
+def test_kernels_take_limits_outside_the_index_as_the_nearer_end():
+    tensors, index = finite_problem()
+    for tensor in tensors[1:]:
+        tensor[:, :, 0] = torch.nan
+    wide = torch.zeros(2, 4096, dtype=torch.int64, device=DEVICE)  # what lies beside the index in memory
+    index = wide[:, 1000:1030].copy_(index)
+    limits = torch.tensor([[30, 31, -1, 0, 12], [2**40, 900, -(2**40), -900, 30]], device=DEVICE)
+    found, gradient = unchecked(tensors, index, limits)
+    visible = visibility(index, limits.clamp(0, 30), 40)
+    expected = with_gradients(lambda *qkv: explicit(*qkv, visible), [t.double().cpu() for t in tensors], gradient)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_take_a_slot_outside_the_sample_as_a_key_of_zeros():
+    tensors, index = finite_problem()
+    limits = torch.tensor([[30, 3, 17, 1, 0]] * 2, device=DEVICE)
+    index[0, 0], index[0, 20], index[1, 2] = -1, 40, 41
+    found, gradient = unchecked(tensors, index, limits)
+    visible = visibility(index + 1, limits, 43)  # slot -1 is the first, slots 40 and 41 are the last
+    pad = lambda tensor: torch.nn.functional.pad(tensor, (0, 0, 1, 2))  # noqa: E731
+    attend = lambda query, key, value: explicit(query, pad(key), pad(value), visible)  # noqa: E731
+    expected = with_gradients(attend, [tensor.double().cpu() for tensor in tensors], gradient)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [8, 257])

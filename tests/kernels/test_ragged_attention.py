@@ -190,6 +190,41 @@ def test_bad_options_are_named(keywords, message):
         ragged_attention(*problem([5, 9])[0], **keywords)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU nobody looks")
+@IMPLS
+@pytest.mark.parametrize(
+    "layout, start, length, message",
+    [
+        ("packed", [3, 17], [5, 9], r"must be in \[0, 25\], .*got start \[3, 17\] and length \[5, 9\]"),
+        ("packed", [-1, 3], [5, 9], r"got start \[-1, 3\]"),
+        ("packed", [26, 3], [0, 9], r"got start \[26, 3\]"),
+        ("packed", [3, 3], [2**31 - 1, 9], "got start"),
+        ("rectangular", [0, 13], [5, 9], r"rectangular=14 needs start\[b\] = b \* 14, got \[0, 13\]"),
+        ("rectangular", [0, 14], [15, 9], r"at most rectangular=14, got \[15, 9\]"),
+    ],
+)
+def test_entries_outside_the_buffer_are_named(impl, layout, start, length, message):
+    (query, key, value, *_, scale), keywords = problem([5, 9], layout=layout)
+    where = torch.tensor(start, device=DEVICE), torch.tensor(length, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        ragged_attention(query, key, value, *where, scale, impl, **keywords)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_the_kernel_ends_a_row_with_the_buffer(splits):
+    from sparsity_kernels.ragged_attention.triton import ragged_attention_triton
+
+    (query, key, value, *_), _ = problem([5] * 6, rows=2)
+    query, (key, value) = query[:6], (tensor.nan_to_num()[10:30] for tensor in (key, value))
+    around = [torch.full((300, *tensor.shape[1:]), torch.nan, device=DEVICE) for tensor in (key, value)]
+    key, value = (wide[100:120].copy_(tensor) for wide, tensor in zip(around, (key, value), strict=True))
+    start = torch.tensor([15, -1, 20, 2**40, -(2**40), 4], device=DEVICE)
+    length = torch.tensor([9, 5, 3, 8, 8, -7], dtype=torch.int32, device=DEVICE)
+    output = ragged_attention_triton(query, key, value, start, length, SCALE, 20, splits)
+    owned = torch.tensor([5, 0, 0, 0, 0, 0])
+    assert_right(output, (query, key, value, start.clamp(0, 20), owned, SCALE))
+
+
 @pytest.mark.parametrize("dim", [8, 257])
 def test_head_dims_outside_the_supported_range_are_named(dim):
     with pytest.raises(ValueError, match=f"head dim must be in 16 … 256, got {dim}"):

@@ -243,6 +243,35 @@ def test_memory_grows_with_the_length_and_not_with_its_square(impl):
     assert largest[1] < 3 * largest[0]
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU nobody looks")
+@pytest.mark.parametrize("p, got", [(-1.0, r"-1.0 … 0.5"), (0.0, "0.0"), (1.5, "0.5 … 1.5"), (math.nan, "nan")])
+def test_budgets_out_of_range_are_named(impl, p, got):
+    mass = rows([[1.0, 2.0]])
+    with pytest.raises(ValueError, match=rf"p must be in \(0, 1\], got {got}"):
+        top_p_count(mass, mass > 0, rows([[0.5, p]]), impl)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU nobody looks")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
+def test_masses_and_ranks_that_are_none_are_named(impl, value):
+    values, droppable = rows([[1.0, value, 2.0]]), torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"mass must be finite and at least 0 where droppable, got .*{value}"):
+        top_p_count(values, droppable, rows([0.5]), impl)
+    if value == -1:
+        assert keep_highest(values, droppable, rows([2], torch.int64), impl).tolist() == [[True, False, True]]
+        return
+    with pytest.raises(ValueError, match=f"rank must be finite where droppable, got .*{value}"):
+        keep_highest(values, droppable, rows([2], torch.int64), impl)
+
+
+@pytest.mark.filterwarnings("error")
+def test_masses_that_want_a_gradient_are_taken(impl):
+    mass = rows([[1.0, 3.0]]).requires_grad_()
+    assert top_p_count(mass, mass > 0, rows([0.5]), impl).tolist() == [1]
+    kept = keep_highest(mass, mass > 0, rows([1], torch.int64), impl)
+    assert kept.tolist() == [[False, True]]
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [

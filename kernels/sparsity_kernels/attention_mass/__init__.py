@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from sparsity_kernels.attention_mass import eager
-from sparsity_kernels.backend import Impl, runs_triton
+from sparsity_kernels.backend import TRITON_DTYPES, Impl, runs_triton
+from sparsity_kernels.checks import DTYPES, check_head_dim, dtype_name, form
 
 __all__ = ["attention_mass"]
-
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TRITON_DIMS = (16, 256)
 
 
 def attention_mass(
@@ -51,27 +49,23 @@ def attention_mass(
     """
     tensors = (query, key, slots, valid) if lse is None else (query, key, slots, valid, lse)
     _check(query, key, slots, valid, lse)
-    use_triton = runs_triton(impl, *tensors)
-    if not use_triton or (impl == "auto" and query.dtype == torch.float64):
-        return eager.attention_mass(query, key, slots, valid, scale, lse)
-    dim = query.shape[-1]
-    if query.dtype not in _TRITON_DTYPES:
-        raise ValueError(f"impl='triton' takes query of float32, bfloat16 or float16, got {_form(query)}")
-    if not _TRITON_DIMS[0] <= dim <= _TRITON_DIMS[1]:
-        raise ValueError(f"impl='triton' takes head dims from {_TRITON_DIMS[0]} to {_TRITON_DIMS[1]}, got {dim}")
-    from sparsity_kernels.attention_mass import triton
+    function = eager.AttentionMass
+    if runs_triton(impl, *tensors, dtypes=TRITON_DTYPES):
+        check_head_dim(query.shape[-1])
+        from sparsity_kernels.attention_mass import triton
 
-    return triton.attention_mass(query, key, slots, valid, scale, lse)
+        function = triton.AttentionMass
+    return function.apply(query, key, slots, valid, scale, lse)
 
 
 def _check(query: Tensor, key: Tensor, slots: Tensor, valid: Tensor, lse: Tensor | None) -> None:
-    if query.dtype not in (*_TRITON_DTYPES, torch.float64) or query.ndim != 4:
+    if query.dtype not in DTYPES or query.ndim != 4:
         allowed = "(batch, heads, rows, dim) float32, bfloat16, float16 or float64"
-        raise ValueError(f"query must be {allowed}, got {_form(query)}")
+        raise ValueError(f"query must be {allowed}, got {form(query)}")
     batch, heads, rows, dim = query.shape
     if key.dtype != query.dtype or key.ndim != 4 or key.shape[0] != batch or key.shape[3] != dim:
-        allowed = f"({batch}, kv_heads, length, {dim}) {_name(query.dtype)} to fit query"
-        raise ValueError(f"key must be {allowed}, got {_form(key)}")
+        allowed = f"({batch}, kv_heads, length, {dim}) {dtype_name(query.dtype)} to fit query"
+        raise ValueError(f"key must be {allowed}, got {form(key)}")
     kv_heads, length = key.shape[1:3]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"query heads ({heads}) must be a multiple of key heads ({kv_heads}), at least 1 each")
@@ -84,12 +78,4 @@ def _check(query: Tensor, key: Tensor, slots: Tensor, valid: Tensor, lse: Tensor
         expected.append(("lse", lse, (batch, heads, rows), wide))
     for name, tensor, shape, dtype in expected:
         if tensor.shape != shape or tensor.dtype != dtype:
-            raise ValueError(f"{name} must be {shape} {_name(dtype)}, got {_form(tensor)}")
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {_name(tensor.dtype)}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name} must be {shape} {dtype_name(dtype)}, got {form(tensor)}")

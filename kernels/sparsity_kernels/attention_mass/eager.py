@@ -15,15 +15,11 @@ _CPU_BLOCK, _DEVICE_BLOCK = 2**20, 2**22
 _FEWEST_FLAT_ROWS, _MOST_FLAT_ROWS = 32, 256  # rows × heads of one key head: fewer starve the product, more waste
 
 
-def attention_mass(
-    query: Tensor, key: Tensor, slots: Tensor, valid: Tensor, scale: float, lse: Tensor | None = None
-) -> Tensor:
-    """See `sparsity_kernels.attention_mass.attention_mass`, which checks the arguments."""
-    return _AttentionMass.apply(query, key, slots, valid, scale, lse)
+class AttentionMass(torch.autograd.Function):
+    """See `sparsity_kernels.attention_mass.attention_mass`, which checks the arguments.
 
-
-class _AttentionMass(torch.autograd.Function):
-    """Saves its inputs and computes the probabilities again, block by block; those of a single block it saves."""
+    Saves its inputs and computes the probabilities again, block by block; those of a single block it saves.
+    """
 
     @staticmethod
     def forward(ctx, query, key, slots, valid, scale, lse):

@@ -15,11 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsity_kernels.backend import interpreted
+from sparsity_kernels.products import dot
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_WIDEN = tl.constexpr(interpreted())  # Triton's interpreter multiplies the bits of bfloat16, so it gets them as float32
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
@@ -197,7 +196,7 @@ def _add_query_grads(
         b_s, b_k, o_n = _row_logits(b_q, b_until, p_k, p_valid, s_kn, i_n, length, scale, DIM, BD, BN, MASK)
         b_grad = tl.load(p_grad + o_n, mask=o_n < length, other=0.0)
         b_ds = tl.exp2(b_s - b_lse[:, None]) * (b_grad[None, :] - b_mean[:, None])
-        b_dq = _dot(b_ds.to(b_k.dtype), b_k, b_dq)
+        b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
     return b_dq
 
 
@@ -244,7 +243,7 @@ def _add_key_grads(
         )
         b_mean = tl.load(p_mean + o_h * rows + o_r, mask=m_r, other=0.0)
         b_ds = b_p * (b_grad[:, None] - b_mean[None, :])
-        b_dk = _dot(b_ds.to(b_q.dtype), b_q, b_dk)
+        b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
     return b_dk
 
 
@@ -257,7 +256,7 @@ def _row_logits(
     o_n = i_n + tl.arange(0, BN)
     b_valid = tl.load(p_valid + o_n, mask=o_n < length, other=0)
     b_k = _load(p_k, o_n.to(tl.int64) * s_kn, o_n < length, DIM, BD, MASK)
-    b_s = _dot(b_q, tl.trans(b_k), None) * scale
+    b_s = dot(b_q, tl.trans(b_k), None) * scale
     b_s += tl.where(b_valid != 0, 0.0, float("-inf"))[None, :]
     if MASK:
         b_s = tl.where(o_n[None, :] <= b_until[:, None], b_s, float("-inf"))
@@ -274,7 +273,7 @@ def _column_probabilities(
     b_until = _until(p_slots, o_r, m_r, first, length)
     b_q = _load(p_q, o_h * s_qh + o_r.to(tl.int64) * s_qr, m_r, DIM, BD, True)
     b_lse = _row_sums(p_lse, o_h * rows + o_r, b_until, m_r)
-    b_p = tl.exp2(_dot(b_k, tl.trans(b_q), None) * scale - b_lse[None, :])
+    b_p = tl.exp2(dot(b_k, tl.trans(b_q), None) * scale - b_lse[None, :])
     if MASK:
         b_p = tl.where(o_n[:, None] <= b_until[None, :], b_p, 0.0)
     return b_p, b_q, o_r, o_h, m_r
@@ -322,13 +321,6 @@ def _row_span(p_spans, i_b, GROUP: tl.constexpr, BM: tl.constexpr):
     free = (tl.load(p_span + 1) * GROUP + BM - 1) // BM * BM
     stop = tl.load(p_span + 2) * GROUP
     return start, tl.maximum(start, tl.minimum(free, (stop + BM - 1) // BM * BM)), stop
-
-
-@triton.jit
-def _dot(b_a, b_b, b_sum):
-    if _WIDEN:
-        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
-    return tl.dot(b_a, b_b, b_sum, input_precision="ieee")
 
 
 @triton.jit

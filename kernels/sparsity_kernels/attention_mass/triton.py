@@ -11,21 +11,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsity_kernels.attention_mass import kernels
+from sparsity_kernels.backend import device_of
 
 _SCAN = 1024  # rows or keys that a program reads at once where it looks for the reach of a key tile
 _GRAD_RANGE, _GRAD_LEAST = 1024.0, 1e-30  # incoming gradients are scaled to this size: float16 must not underflow
 _SPLIT_PROGRAMS, _SPLIT_KEYS = 256, 1024  # with few rows the keys are split into this many programs of a sample
 
 
-def attention_mass(
-    query: Tensor, key: Tensor, slots: Tensor, valid: Tensor, scale: float, lse: Tensor | None = None
-) -> Tensor:
-    """See `sparsity_kernels.attention_mass.attention_mass`, which checks the arguments."""
-    return _AttentionMass.apply(query, key, slots, valid, scale, lse)
+class AttentionMass(torch.autograd.Function):
+    """See `sparsity_kernels.attention_mass.attention_mass`, which checks the arguments.
 
-
-class _AttentionMass(torch.autograd.Function):
-    """Saves its inputs and the row sums; the backward computes the probabilities from them."""
+    Saves its inputs and the row sums; the backward computes the probabilities from them.
+    """
 
     @staticmethod
     def forward(ctx, query, key, slots, valid, scale, lse):
@@ -34,7 +31,7 @@ class _AttentionMass(torch.autograd.Function):
         if call.empty:
             ctx.save_for_backward(query, key, slots, valid, None)
             return query.new_zeros(valid.shape, dtype=torch.float32)
-        with torch.cuda.device_of(query):
+        with device_of(query):
             first, spans = call.reach(backward=False)
             lse = call.row_sums(first) if lse is None else lse.contiguous()
             mass = call.column_sums(first, spans, lse)
@@ -48,7 +45,7 @@ class _AttentionMass(torch.autograd.Function):
         call = _Call(query, key, slots, valid, ctx.scale)
         if call.empty:
             return torch.zeros_like(query), torch.zeros_like(key), None, None, None, None
-        with torch.cuda.device_of(query):
+        with device_of(query):
             grad_query, grad_key = call.gradients(lse, grad, ctx.needs_input_grad[1])
         return grad_query, grad_key, None, None, None, None
 

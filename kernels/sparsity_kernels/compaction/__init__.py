@@ -7,14 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparsity_kernels.backend import Impl, runs_triton
-from sparsity_kernels.compaction.ragged import CapacityError, RaggedCache, extents, implementation
+from sparsity_kernels.backend import TRITON_DTYPES, Impl, runs_triton
+from sparsity_kernels.checks import DTYPES
+from sparsity_kernels.compaction.ragged import CapacityError, RaggedCache, extents, implementation, on_device
 
 __all__ = ["CapacityError", "RaggedCache", "compact"]
 
 Layout = Literal["auto", "packed", "rectangular"]
 _LAYOUTS = ("auto", "packed", "rectangular")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @torch.no_grad()
@@ -34,12 +34,12 @@ def compact(
             contiguous. The copy is detached: nothing flows back through it.
         kept: (batch, length) bool.
         room: free entries behind every row, for `RaggedCache.append`.
-        impl: see `sparsity_kernels.backend`; also what the cache itself uses.
+        impl: see `sparsity_kernels.backend` (float64: eager); also what the cache itself uses.
         layout: ``packed``: a row owns its kept entries and ``room``. ``rectangular``: every row owns as many entries as
             the longest needs, so that the buffer is also a plain padded cache. ``auto``: packed under Triton,
             rectangular under eager.
         lengths: ``kept.sum(-1).tolist()`` where the caller has it on the host already: the buffer is sized from it, and
-            without it a GPU makes the host wait once.
+            without it a GPU makes the host wait once. With it nothing waits under Triton; eager does.
 
     Returns:
         the cache; entries that are not stored are zero.
@@ -49,15 +49,14 @@ def compact(
             ``lengths`` are not those of ``kept``; on a GPU wrong lengths give a wrong cache, but stay inside it.
     """
     _check(key, value, kept, room, layout)
-    on_triton = runs_triton(impl, key, value, kept)
-    if on_triton and key.dtype == torch.float64:
-        raise ValueError("key and value must be float32, bfloat16 or float16 under Triton, got float64")
+    on_triton = runs_triton(impl, key, value, kept, dtypes=TRITON_DTYPES)
     if lengths is None or not kept.is_cuda:
         counted = kept.sum(-1).tolist()
         if lengths is not None and list(lengths) != counted:
             raise ValueError(f"lengths must be those of kept, {counted}, got {list(lengths)}")
         lengths = counted
-    elif len(lengths) != len(kept):
+    lengths = list(lengths)
+    if len(lengths) != len(kept):
         raise ValueError(f"lengths must be one for each of {len(kept)} rows, got {len(lengths)}")
     for row, stored in enumerate(lengths):
         if stored < 1:
@@ -65,11 +64,11 @@ def compact(
     packed = on_triton if layout == "auto" else layout == "packed"
     capacity = [(stored if packed else max(lengths)) + room for stored in lengths]
     _, start = extents(capacity, key.device)
-    length = torch.tensor(lengths, dtype=torch.int32, device=key.device)
+    length = on_device(lengths, torch.int32, key.device)
     source = _source(kept, start, length, sum(capacity))
     gathered = implementation(on_triton).gather_entries(key, value, source)
     slots = torch.where(source < 0, -1, source.remainder(kept.shape[1])).int()
-    return RaggedCache(*gathered, slots, start, length, capacity, list(lengths), impl)
+    return RaggedCache(*gathered, slots, start, length, capacity, lengths, impl)
 
 
 def _source(kept: Tensor, start: Tensor, length: Tensor, entries: int) -> Tensor:
@@ -83,7 +82,7 @@ def _source(kept: Tensor, start: Tensor, length: Tensor, entries: int) -> Tensor
 
 
 def _check(key: Tensor, value: Tensor, kept: Tensor, room: int, layout: Layout) -> None:
-    if key.ndim != 4 or key.shape != value.shape or key.dtype != value.dtype or key.dtype not in _DTYPES:
+    if key.ndim != 4 or key.shape != value.shape or key.dtype != value.dtype or key.dtype not in DTYPES:
         allowed = "(batch, kv_heads, length, dim) of one shape and one dtype of float32, bfloat16, float16, float64"
         got = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (key, value))
         raise ValueError(f"key and value must be {allowed}, got {got}")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsity_kernels.compaction.ragged import RaggedCache
 
 
 def gather_entries(key: Tensor, value: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,20 +37,11 @@ def gather_entries(key: Tensor, value: Tensor, source: Tensor) -> tuple[Tensor, 
     return gathered[0], gathered[1]
 
 
-def write_entries(
-    key: Tensor,
-    value: Tensor,
-    slots: Tensor,
-    start: Tensor,
-    length: Tensor,
-    new_key: Tensor,
-    new_value: Tensor,
-    new_slots: Tensor | None,
-) -> None:
-    """Writes (batch, kv_heads, new, dim) behind the ``length`` entries of every row of a buffer; see `RaggedCache`."""
-    new = new_key.shape[2]
-    entries = ((start + length)[:, None] + torch.arange(new, device=start.device)).view(-1)
-    key[entries] = new_key.transpose(1, 2).flatten(0, 1)
-    value[entries] = new_value.transpose(1, 2).flatten(0, 1)
-    if new_slots is not None:
-        slots[entries] = new_slots.reshape(-1).to(slots.dtype)
+def write_entries(cache: RaggedCache, key: Tensor, value: Tensor, slots: Tensor | None) -> None:
+    """Writes (batch, kv_heads, new, dim) behind the stored entries of every row, which has room for them."""
+    new = key.shape[2]
+    entries = ((cache.start + cache.length)[:, None] + torch.arange(new, device=key.device)).view(-1)
+    cache.key[entries] = key.transpose(1, 2).flatten(0, 1)
+    cache.value[entries] = value.transpose(1, 2).flatten(0, 1)
+    if slots is not None:
+        cache.slots[entries] = slots.reshape(-1).to(cache.slots.dtype)

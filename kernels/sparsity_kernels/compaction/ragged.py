@@ -9,7 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sparsity_kernels.backend import Impl, runs_triton
+from sparsity_kernels.backend import TRITON_DTYPES, Impl, runs_triton
+from sparsity_kernels.checks import some
 from sparsity_kernels.compaction import eager
 
 
@@ -32,6 +33,7 @@ class RaggedCache:
         length: (batch,) int32, on the device; grows in place.
         capacity: entries that each row owns, on the host.
         lengths: ``length`` on the host.
+        owned: (batch,) int32, ``capacity`` on the device; from ``start`` and the size of the buffer.
         impl: implementation of what this cache does, see `sparsity_kernels.backend`.
     """
 
@@ -45,7 +47,10 @@ class RaggedCache:
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
-        self._on_triton = runs_triton(self.impl, self.key)
+        self._on_triton = runs_triton(self.impl, self.key, dtypes=TRITON_DTYPES)
+        end = torch.full_like(self.start, len(self.key))
+        end[:-1] = self.start[1:]
+        self.owned = (end - self.start).int()
         self._room = min(owned - stored for owned, stored in zip(self.capacity, self.lengths, strict=True))
 
     @property
@@ -93,11 +98,14 @@ class RaggedCache:
 
         Raises:
             CapacityError: a row has no room for them; nothing was counted.
+            ValueError: ``new`` is negative.
         """
+        if new < 0:
+            raise ValueError(f"new must not be negative, got {new}")
         if new > self._room:
             raise CapacityError(
-                f"no room for {new} new entries a row: room is left for {self._room} (capacities {_some(self.capacity)}"
-                f", stored {_some(self.lengths)}); ask for more room or use grown()"
+                f"no room for {new} new entries a row: room is left for {self._room} (capacities {some(self.capacity)}"
+                f", stored {some(self.lengths)}); ask for more room or use grown()"
             )
         self._room -= new
         self.lengths = [stored + new for stored in self.lengths]
@@ -105,9 +113,18 @@ class RaggedCache:
     def write(self, key: Tensor, value: Tensor, slots: Tensor | None = None) -> None:
         """The device's part of `append`; to be captured into a CUDA graph. Room must have been reserved before it runs.
 
-        Writes behind ``length`` and raises it, both on the device. Arguments and ValueError as `append`.
+        Writes behind ``length`` and raises it, both on the device. Under Triton on a GPU nobody waits to look: an entry
+        without room is not written, and ``length`` stops at the row's capacity. Arguments and ValueError as `append`.
+
+        Raises:
+            CapacityError: in eager and on the CPU, a row has no room on the device; nothing was written.
         """
         self._check_new(key, value, slots)
+        if not (self._on_triton and key.is_cuda) and bool((self.length + key.shape[2] > self.owned).any()):
+            raise CapacityError(
+                f"no room for {key.shape[2]} new entries a row: capacities {some(self.capacity)}, stored "
+                f"{some(self.length.tolist())}; reserve() says so before"
+            )
         self._write(key, value, slots)
 
     def grown(self, room: int) -> RaggedCache:
@@ -127,7 +144,7 @@ class RaggedCache:
         """
         rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         if not rows or not all(0 <= row < self.batch for row in rows):
-            raise ValueError(f"rows must be in [0, {self.batch}) and at least one, got {_some(rows)}")
+            raise ValueError(f"rows must be in [0, {self.batch}) and at least one, got {some(rows)}")
         return self._copy(rows, 0)
 
     def _check_new(self, key: Tensor, value: Tensor, slots: Tensor | None) -> None:
@@ -155,17 +172,17 @@ class RaggedCache:
 
     @torch.no_grad()
     def _write(self, key: Tensor, value: Tensor, slots: Tensor | None) -> None:
-        implementation(self._on_triton).write_entries(
-            self.key, self.value, self.slots, self.start, self.length, key, value, slots
-        )
+        implementation(self._on_triton).write_entries(self, key, value, slots)
         self.length += key.shape[2]
+        if self._on_triton:
+            torch.minimum(self.length, self.owned, out=self.length)
 
     @torch.no_grad()
     def _copy(self, rows: list[int], room: int) -> RaggedCache:
         device = self.key.device
         capacity = [self.capacity[row] + room for row in rows]
         lengths = [self.lengths[row] for row in rows]
-        chosen = torch.tensor(rows, device=device)
+        chosen = on_device(rows, torch.int64, device)
         owned, start = extents(capacity, device)
         length = self.length[chosen]
         entries = sum(capacity)
@@ -189,10 +206,10 @@ def implementation(on_triton: bool) -> ModuleType:
 
 def extents(capacity: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """(batch,) int64 capacities and first entries of rows that lie one behind the other."""
-    owned = torch.tensor(capacity, dtype=torch.int64, device=device)
+    owned = on_device(capacity, torch.int64, device)
     return owned, owned.cumsum(0) - owned
 
 
-def _some(numbers: Sequence[int]) -> str:
-    """A list for a message; of a long one the beginning."""
-    return f"[{', '.join(map(str, numbers[:8]))}{', …' if len(numbers) > 8 else ''}]"
+def on_device(numbers: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(len,) of host numbers. From pinned memory, as the host waits for a copy from any other to a GPU."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

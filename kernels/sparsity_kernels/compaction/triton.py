@@ -4,10 +4,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from sparsity_kernels.backend import device_of
+
+if TYPE_CHECKING:
+    from sparsity_kernels.compaction.ragged import RaggedCache
 
 _TILE = 4096  # elements of K, and as many of V, that a program moves at once
 
@@ -20,59 +27,40 @@ def gather_entries(key: Tensor, value: Tensor, source: Tensor) -> tuple[Tensor, 
     new_value = torch.empty_like(new_key)
     block_dim = triton.next_power_of_2(dim)
     block = max(1, min(_TILE // block_dim, 64))
-    _gather_kernel[(triton.cdiv(entries, block), heads)](
-        key,
-        value,
-        source,
-        new_key,
-        new_value,
-        entries,
-        length,
-        *key.stride()[:3],
-        *value.stride()[:3],
-        HEADS=heads,
-        DIM=dim,
-        BLOCK=block,
-        BLOCK_DIM=block_dim,
-        num_warps=4,
-    )
+    with device_of(key):
+        _gather_kernel[(triton.cdiv(entries, block), heads)](
+            *(key, value, source, new_key, new_value, entries, length),
+            *key.stride()[:3],
+            *value.stride()[:3],
+            HEADS=heads,
+            DIM=dim,
+            BLOCK=block,
+            BLOCK_DIM=block_dim,
+            num_warps=4,
+        )
     return new_key, new_value
 
 
-def write_entries(
-    key: Tensor,
-    value: Tensor,
-    slots: Tensor,
-    start: Tensor,
-    length: Tensor,
-    new_key: Tensor,
-    new_value: Tensor,
-    new_slots: Tensor | None,
-) -> None:
-    """See `sparsity_kernels.compaction.eager.write_entries`."""
-    batch, heads, new, dim = new_key.shape
+def write_entries(cache: RaggedCache, key: Tensor, value: Tensor, slots: Tensor | None) -> None:
+    """Writes (batch, kv_heads, new, dim) behind the stored entries of every row, as far as its capacity goes."""
+    batch, heads, new, dim = key.shape
     block_dim = triton.next_power_of_2(dim)
     block_heads = max(1, min(triton.next_power_of_2(heads), _TILE // block_dim))
-    with_slots = new_slots is not None
-    _write_kernel[(new, batch, triton.cdiv(heads, block_heads))](
-        key,
-        value,
-        slots,
-        start,
-        length,
-        new_key,
-        new_value,
-        new_slots if with_slots else slots,
-        *new_key.stride()[:3],
-        *new_value.stride()[:3],
-        *(new_slots.stride() if with_slots else (0, 0)),
-        HEADS=heads,
-        DIM=dim,
-        BLOCK_HEADS=block_heads,
-        BLOCK_DIM=block_dim,
-        WITH_SLOTS=with_slots,
-        num_warps=4 if block_heads * block_dim > 1024 else 2,
-    )
+    with_slots = slots is not None
+    with device_of(key):
+        _write_kernel[(new, batch, triton.cdiv(heads, block_heads))](
+            *(cache.key, cache.value, cache.slots, cache.start, cache.length, cache.owned),
+            *(key, value, slots if with_slots else cache.slots),
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *(slots.stride() if with_slots else (0, 0)),
+            HEADS=heads,
+            DIM=dim,
+            BLOCK_HEADS=block_heads,
+            BLOCK_DIM=block_dim,
+            WITH_SLOTS=with_slots,
+            num_warps=4 if block_heads * block_dim > 1024 else 2,
+        )
 
 
 @triton.jit(do_not_specialize=["entries", "length"])
@@ -121,6 +109,7 @@ def _write_kernel(
     p_slots,  # (entries,) int32
     p_start,  # (batch,) int64
     p_length,  # (batch,) int32
+    p_owned,  # (batch,) int32
     p_new_key,  # (batch, heads, new, dim), any strides but the last
     p_new_value,
     p_new_slots,  # (batch, new) int32 or int64
@@ -142,8 +131,10 @@ def _write_kernel(
     i_row = tl.program_id(1).to(tl.int64)
     o_head = (tl.program_id(2) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]
     o_dim = tl.arange(0, BLOCK_DIM)[None, :]
-    m_new = (o_head < HEADS) & (o_dim < DIM)
-    entry = tl.load(p_start + i_row) + tl.load(p_length + i_row) + i_new
+    place = tl.load(p_length + i_row) + i_new
+    has_room = place < tl.load(p_owned + i_row)  # behind it lie the entries of the next row
+    m_new = (o_head < HEADS) & (o_dim < DIM) & has_room
+    entry = tl.load(p_start + i_row) + place
     o_key = i_row * key_stride_b + o_head * key_stride_h + i_new * key_stride_n + o_dim
     b_key = tl.load(p_new_key + o_key, mask=m_new)  # [BLOCK_HEADS, BLOCK_DIM]
     o_value = i_row * value_stride_b + o_head * value_stride_h + i_new * value_stride_n + o_dim
@@ -153,4 +144,4 @@ def _write_kernel(
     tl.store(p_value + o_entry, b_value, mask=m_new)
     if WITH_SLOTS:
         slot = tl.load(p_new_slots + i_row * slots_stride_b + i_new * slots_stride_n)
-        tl.store(p_slots + entry, slot.to(tl.int32), mask=tl.program_id(2) == 0)
+        tl.store(p_slots + entry, slot.to(tl.int32), mask=has_room & (tl.program_id(2) == 0))

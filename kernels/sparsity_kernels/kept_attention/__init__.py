@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsity_kernels.backend import Impl, runs_triton
-from sparsity_kernels.kept_attention.eager import causal_attention_eager, kept_attention_eager
+from sparsity_kernels.backend import TRITON_DTYPES, Impl, runs_triton
+from sparsity_kernels.checks import check_attention_tensors, check_head_dim
+from sparsity_kernels.kept_attention.eager import (
+    causal_attention_eager,
+    check_limits,
+    kept_attention_eager,
+    used_slots,
+)
 
 __all__ = ["causal_attention", "kept_attention"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def kept_attention(
@@ -25,14 +29,14 @@ def kept_attention(
     """Softmax attention of every query row over a prefix of its batch row's kept keys; grouped-query.
 
     Query row i of batch row b sees the keys at slots ``index[b, :limits[b, i]]``. Memory grows linearly in rows and
-    keys, forward and backward; two runs give the same bits. In eager, a slot that some row of the batch row sees must
-    hold finite numbers for all its rows; slots that no row sees are never read.
+    keys, forward and backward; two runs give the same bits. A slot that some row of the batch row sees must hold
+    finite numbers for all its rows (0 · NaN is NaN); slots that no row sees are never read.
 
     Args:
         query: (batch, heads, rows, dim), heads a multiple of kv_heads. key, value: (batch, kv_heads, length, dim).
             float32, bfloat16, float16, or float64 (eager only); dim in 16 … 256.
-        index: (batch, keys) int64, the slots that may be seen, ascending. Entries at and beyond the row's largest
-            limit are not used, but lie in [0, length); those before it differ from each other.
+        index: (batch, keys) int64, the slots that may be seen, ascending. Entries at and beyond the largest limit of
+            their batch row may be anything; those before it lie in [0, length) and differ from each other.
         limits: (batch, rows) int64 in [0, keys]; 0: sees nothing, and the output is 0. Any order is right; a
             nondecreasing one is fastest.
         scale: factor of the logits.
@@ -42,7 +46,9 @@ def kept_attention(
         (batch, heads, rows, dim). Differentiable once in query, key and value.
 
     Raises:
-        ValueError: a type, device, shape or memory layout is not as above. Values of index and limits are not checked.
+        ValueError: a type, device, shape or memory layout is not as above; on the CPU and in eager also a limit or a
+            slot that is out of range. Triton on a GPU does not look, so that nobody waits: it takes limits as the
+            nearer end of [0, keys], and a slot outside [0, length) as a key and a value of zeros.
         BackendError: ``impl="triton"`` cannot run here.
     """
     _check_attention(query, key, value)
@@ -57,12 +63,12 @@ def kept_attention(
         raise ValueError(f"index must hold at least one key of every batch row, got shape {tuple(index.shape)}")
     if limits.shape[1] != rows:
         raise ValueError(f"limits must be (batch, rows) = {(batch, rows)}, got {tuple(limits.shape)}")
-    wide = query.dtype == torch.float64
-    if runs_triton(impl, query, key, value, index, limits) and not (wide and impl == "auto"):
-        if wide:
-            raise ValueError('impl="triton" takes float32, bfloat16 or float16, got torch.float64')
+    if runs_triton(impl, query, key, value, index, limits, dtypes=TRITON_DTYPES):
         from sparsity_kernels.kept_attention.triton import kept_attention_triton
 
+        if not query.is_cuda:
+            check_limits(*map(int, torch.aminmax(limits)), index.shape[1])
+            used_slots(index, limits, key.shape[2])
         return kept_attention_triton(query, key, value, index, limits, scale)
     return kept_attention_eager(query, key, value, index, limits, scale)
 
@@ -87,23 +93,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 
 
 def _check_attention(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must have four dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in _DTYPES or tensor.dtype != query.dtype:
-            raise ValueError(
-                "query, key and value must share one of float32, bfloat16, float16, float64, got "
-                f"{query.dtype}, {key.dtype}, {value.dtype}"
-            )
-        if tensor.numel() == 0:
-            raise ValueError(f"{name} must not be empty, got shape {tuple(tensor.shape)}")
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+    check_attention_tensors(4, query, key, value)
     batch, heads, _, dim = query.shape
     if value.shape != key.shape or key.shape[0] != batch or key.shape[3] != dim or heads % key.shape[1]:
         raise ValueError(
             "query (batch, heads, rows, dim), key and value (batch, kv_heads, length, dim) with heads a multiple of "
             f"kv_heads do not fit: got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         )
-    if not 16 <= dim <= 256:
-        raise ValueError(f"head dim must be in 16 … 256, got {dim}")
+    check_head_dim(dim)

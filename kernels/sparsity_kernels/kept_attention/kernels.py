@@ -12,32 +12,55 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsity_kernels.backend import interpreted
+from sparsity_kernels.products import dot
 
-_WIDEN = tl.constexpr(interpreted())  # Triton's interpreter multiplies the bits of bfloat16, so it gets them as float32
 _INFINITE = tl.constexpr(float("inf"))
 _NO_LIMIT = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def dot(b_left, b_right, b_sum):
-    """b_sum + b_left b_right, the sum in float32 and float32 factors in full precision."""
-    if _WIDEN:
-        b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
-    return tl.dot(b_left, b_right, b_sum, input_precision="ieee")
+def load_rows(pointers, m_rows, m_dim, MASK_DIM: tl.constexpr):
+    """[rows, D] values, 0 outside the masks; no mask of the dim where it is a power of two."""
+    if MASK_DIM:
+        return tl.load(pointers, mask=m_rows[:, None] & m_dim[None, :], other=0.0)
+    else:
+        return tl.load(pointers, mask=m_rows[:, None], other=0.0)
 
 
 @triton.jit
-def load_rows(pointers, m_rows, m_dim, MASK_ROWS: tl.constexpr, MASK_DIM: tl.constexpr):
-    """[rows, D] values, 0 outside the masks; a load without a mask where none is needed."""
-    if MASK_ROWS and MASK_DIM:
-        return tl.load(pointers, mask=m_rows[:, None] & m_dim[None, :], other=0.0)
-    elif MASK_ROWS:
-        return tl.load(pointers, mask=m_rows[:, None], other=0.0)
-    elif MASK_DIM:
-        return tl.load(pointers, mask=m_dim[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
+def load_limits(p_limits, o_row, m_row, stride_lr, keys):
+    """[M] int32 limits of rows, 0 outside the mask. Clamped to 0 … keys: beyond them there is no index to read."""
+    b_limit = tl.load(p_limits + o_row.to(tl.int64) * stride_lr, mask=m_row, other=0)
+    return tl.minimum(tl.maximum(b_limit, 0), keys).to(tl.int32)
+
+
+@triton.jit
+def load_keys(
+    p_key,
+    p_value,
+    p_index,
+    stride_kn,
+    stride_vn,
+    stride_in,
+    o_n,
+    high,
+    length,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """[N, D] keys and values of the kept keys o_n, their slots, and where those are slots of the sample, [N].
+
+    Without MASKED all of o_n lie below ``high``. A slot outside [0, length) is never read: key and value are 0.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < DIM
+    p_slot = p_index + o_n * stride_in
+    b_slot = tl.load(p_slot, mask=o_n < high, other=-1) if MASKED else tl.load(p_slot)
+    m_slot = (b_slot >= 0) & (b_slot < length)
+    b_k = load_rows(p_key + b_slot[:, None] * stride_kn + o_d[None, :], m_slot, m_d, DIM < BLOCK_D)
+    b_v = load_rows(p_value + b_slot[:, None] * stride_vn + o_d[None, :], m_slot, m_d, DIM < BLOCK_D)
+    return b_k, b_v, b_slot, m_slot
 
 
 @triton.jit
@@ -61,6 +84,7 @@ def _forward_tiles(
     stride_in,
     low,
     high,
+    length,
     scale_log2,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -68,15 +92,11 @@ def _forward_tiles(
     MASKED: tl.constexpr,
 ):
     """Online softmax over the kept keys low … high - 1; without MASKED all rows see them and their number fits."""
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < DIM
     for start in range(low, high, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        m_n = o_n < high
-        p_slot = p_index + o_n * stride_in
-        b_slot = tl.load(p_slot, mask=m_n, other=0) if MASKED else tl.load(p_slot)
-        b_k = load_rows(p_key + b_slot[:, None] * stride_kn + o_d[None, :], m_n, m_d, MASKED, DIM < BLOCK_D)
-        b_v = load_rows(p_value + b_slot[:, None] * stride_vn + o_d[None, :], m_n, m_d, MASKED, DIM < BLOCK_D)
+        b_k, b_v, _, _ = load_keys(
+            p_key, p_value, p_index, stride_kn, stride_vn, stride_in, o_n, high, length, DIM, BLOCK_D, MASKED
+        )
         b_s = dot(b_q, tl.trans(b_k), None) * scale_log2  # [M, N]
         if MASKED:
             b_s = tl.where(o_n[None, :] < b_limit[:, None], b_s, -_INFINITE)
@@ -90,7 +110,7 @@ def _forward_tiles(
     return b_acc, b_sum, b_max
 
 
-@triton.jit(do_not_specialize=["stride_ib", "stride_lb", "kv_heads", "flat_rows"])
+@triton.jit(do_not_specialize=["stride_ib", "stride_lb", "kv_heads", "flat_rows", "keys", "length"])
 def forward_kernel(
     query,
     key,
@@ -118,6 +138,8 @@ def forward_kernel(
     scale_log2,
     kv_heads,
     flat_rows,
+    keys,
+    length,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -136,8 +158,7 @@ def forward_kernel(
     m_md = m_m[:, None] & m_d[None, :]
     o_q = row_offsets(o_m, i_g, stride_qh, stride_qr, GROUP)
     b_q = tl.load(query + i_b * stride_qb + o_q[:, None] + o_d[None, :], mask=m_md, other=0.0)
-    b_limit = tl.load(limits + i_b * stride_lb + (o_m // GROUP).to(tl.int64) * stride_lr, mask=m_m, other=0)
-    b_limit = b_limit.to(tl.int32)
+    b_limit = load_limits(limits + i_b * stride_lb, o_m // GROUP, m_m, stride_lr, keys)
     common = tl.min(tl.where(m_m, b_limit, _NO_LIMIT), 0) // BLOCK_N * BLOCK_N
     longest = tl.max(b_limit, 0)
 
@@ -161,6 +182,7 @@ def forward_kernel(
         stride_in,
         0,
         common,
+        length,
         scale_log2,
         DIM,
         BLOCK_D,
@@ -181,6 +203,7 @@ def forward_kernel(
         stride_in,
         common,
         longest,
+        length,
         scale_log2,
         DIM,
         BLOCK_D,
@@ -246,6 +269,7 @@ def _grad_query_tiles(
     stride_in,
     low,
     high,
+    length,
     scale_log2,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -253,15 +277,11 @@ def _grad_query_tiles(
     MASKED: tl.constexpr,
 ):
     """Adds ds k over the kept keys low … high - 1; MASKED as in the forward pass."""
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < DIM
     for start in range(low, high, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        m_n = o_n < high
-        p_slot = p_index + o_n * stride_in
-        b_slot = tl.load(p_slot, mask=m_n, other=0) if MASKED else tl.load(p_slot)
-        b_k = load_rows(p_key + b_slot[:, None] * stride_kn + o_d[None, :], m_n, m_d, MASKED, DIM < BLOCK_D)
-        b_v = load_rows(p_value + b_slot[:, None] * stride_vn + o_d[None, :], m_n, m_d, MASKED, DIM < BLOCK_D)
+        b_k, b_v, _, _ = load_keys(
+            p_key, p_value, p_index, stride_kn, stride_vn, stride_in, o_n, high, length, DIM, BLOCK_D, MASKED
+        )
         b_s = dot(b_q, tl.trans(b_k), None) * scale_log2  # [M, N]
         b_p = tl.exp2(b_s - b_lse[:, None])
         if MASKED:
@@ -272,7 +292,7 @@ def _grad_query_tiles(
     return b_dq
 
 
-@triton.jit(do_not_specialize=["stride_ib", "stride_lb", "kv_heads", "flat_rows"])
+@triton.jit(do_not_specialize=["stride_ib", "stride_lb", "kv_heads", "flat_rows", "keys", "length"])
 def grad_query_kernel(
     query,
     key,
@@ -306,6 +326,8 @@ def grad_query_kernel(
     scale_log2,
     kv_heads,
     flat_rows,
+    keys,
+    length,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -327,8 +349,7 @@ def grad_query_kernel(
     b_do = tl.load(gradient + i_b * stride_gb + o_g[:, None] + o_d[None, :], mask=m_md, other=0.0)
     b_lse = tl.load(lse + i_bg.to(tl.int64) * flat_rows + o_m, mask=m_m, other=_INFINITE)
     b_delta = tl.load(delta + i_bg.to(tl.int64) * flat_rows + o_m, mask=m_m, other=0.0)
-    b_limit = tl.load(limits + i_b * stride_lb + (o_m // GROUP).to(tl.int64) * stride_lr, mask=m_m, other=0)
-    b_limit = b_limit.to(tl.int32)
+    b_limit = load_limits(limits + i_b * stride_lb, o_m // GROUP, m_m, stride_lr, keys)
     common = tl.min(tl.where(m_m, b_limit, _NO_LIMIT), 0) // BLOCK_N * BLOCK_N
     longest = tl.max(b_limit, 0)
 
@@ -351,6 +372,7 @@ def grad_query_kernel(
         stride_in,
         0,
         common,
+        length,
         scale_log2,
         DIM,
         BLOCK_D,
@@ -372,6 +394,7 @@ def grad_query_kernel(
         stride_in,
         common,
         longest,
+        length,
         scale_log2,
         DIM,
         BLOCK_D,
@@ -383,7 +406,7 @@ def grad_query_kernel(
     tl.store(p_output, (b_dq * scale).to(grad_query.dtype.element_ty), mask=m_md)
 
 
-@triton.jit(do_not_specialize=["stride_ib", "stride_lb", "kv_heads", "rows"])
+@triton.jit(do_not_specialize=["stride_ib", "stride_lb", "kv_heads", "rows", "keys", "length"])
 def grad_key_kernel(
     query,
     key,
@@ -418,6 +441,8 @@ def grad_key_kernel(
     scale_log2,
     kv_heads,
     rows,
+    keys,
+    length,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -433,24 +458,31 @@ def grad_key_kernel(
     i_b = (i_bg // kv_heads).to(tl.int64)
     i_g = i_bg % kv_heads
     first_key = tl.program_id(0) * BLOCK_N
-    first, last, longest = _rows_that_see(limits + i_b * stride_lb, stride_lr, first_key, rows, SCAN)
+    p_limits = limits + i_b * stride_lb
+    first, last, longest = _rows_that_see(p_limits, stride_lr, first_key, rows, keys, SCAN)
 
     o_n = first_key + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
-    m_n = o_n < longest
     m_d = o_d < DIM
-    m_nd = m_n[:, None] & m_d[None, :]
-    b_slot = tl.load(index + i_b * stride_ib + o_n * stride_in, mask=m_n, other=0)
-    p_key = key + i_b * stride_kb + i_g.to(tl.int64) * stride_kh
-    p_value = value + i_b * stride_vb + i_g.to(tl.int64) * stride_vh
-    b_k = tl.load(p_key + b_slot[:, None] * stride_kn + o_d[None, :], mask=m_nd, other=0.0)
-    b_v = tl.load(p_value + b_slot[:, None] * stride_vn + o_d[None, :], mask=m_nd, other=0.0)
+    b_k, b_v, b_slot, m_slot = load_keys(
+        key + i_b * stride_kb + i_g.to(tl.int64) * stride_kh,
+        value + i_b * stride_vb + i_g.to(tl.int64) * stride_vh,
+        index + i_b * stride_ib,
+        stride_kn,
+        stride_vn,
+        stride_in,
+        o_n,
+        longest,
+        length,
+        DIM,
+        BLOCK_D,
+        MASKED=True,
+    )
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
 
     p_query = query + i_b * stride_qb
     p_gradient = gradient + i_b * stride_gb
-    p_limits = limits + i_b * stride_lb
     first_flat = i_bg.to(tl.int64) * rows * GROUP
     end = last * GROUP
     for start in range(first * GROUP // BLOCK_M * BLOCK_M, end, BLOCK_M):
@@ -458,31 +490,32 @@ def grad_key_kernel(
         m_m = o_m < end
         o_q = row_offsets(o_m, i_g, stride_qh, stride_qr, GROUP)
         o_g = row_offsets(o_m, i_g, stride_gh, stride_gr, GROUP)
-        b_q = load_rows(p_query + o_q[:, None] + o_d[None, :], m_m, m_d, True, DIM < BLOCK_D)
-        b_do = load_rows(p_gradient + o_g[:, None] + o_d[None, :], m_m, m_d, True, DIM < BLOCK_D)
+        b_q = load_rows(p_query + o_q[:, None] + o_d[None, :], m_m, m_d, DIM < BLOCK_D)
+        b_do = load_rows(p_gradient + o_g[:, None] + o_d[None, :], m_m, m_d, DIM < BLOCK_D)
         b_lse = tl.load(lse + first_flat + o_m, mask=m_m, other=_INFINITE)
         b_delta = tl.load(delta + first_flat + o_m, mask=m_m, other=0.0)
-        b_limit = tl.load(p_limits + (o_m // GROUP).to(tl.int64) * stride_lr, mask=m_m, other=0).to(tl.int32)
+        b_limit = load_limits(p_limits, o_m // GROUP, m_m, stride_lr, keys)
         b_s = dot(b_k, tl.trans(b_q), None) * scale_log2  # [N, M]
         b_p = tl.where(o_n[:, None] < b_limit[None, :], tl.exp2(b_s - b_lse[None, :]), 0.0)
         b_dv = dot(b_p.to(b_do.dtype), b_do, b_dv)
         b_dp = dot(b_v, tl.trans(b_do), None)
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
+    m_nd = m_slot[:, None] & m_d[None, :]
     o_o = i_b * stride_ob + i_g.to(tl.int64) * stride_oh + b_slot[:, None] * stride_on + o_d[None, :]
     tl.store(grad_key + o_o, (b_dk * scale).to(grad_key.dtype.element_ty), mask=m_nd)
     tl.store(grad_value + o_o, b_dv.to(grad_value.dtype.element_ty), mask=m_nd)
 
 
 @triton.jit
-def _rows_that_see(p_limits, stride_lr, first_key, rows, SCAN: tl.constexpr):
+def _rows_that_see(p_limits, stride_lr, first_key, rows, keys, SCAN: tl.constexpr):
     """The first row whose limit passes ``first_key``, one past the last such row, and the largest limit of all rows."""
     first = rows
     last = 0
     longest = 0
     for start in range(0, rows, SCAN):
         o_r = start + tl.arange(0, SCAN)
-        b_limit = tl.load(p_limits + o_r.to(tl.int64) * stride_lr, mask=o_r < rows, other=0).to(tl.int32)
+        b_limit = load_limits(p_limits, o_r, o_r < rows, stride_lr, keys)
         sees = b_limit > first_key
         first = tl.minimum(first, tl.min(tl.where(sees, o_r, rows), 0))
         last = tl.maximum(last, tl.max(tl.where(sees, o_r + 1, 0), 0))

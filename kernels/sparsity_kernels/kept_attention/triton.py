@@ -5,13 +5,12 @@ This module launches; the kernels are in kernels.py.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsity_kernels.backend import device_of
 from sparsity_kernels.kept_attention.kernels import (
     delta_kernel,
     forward_kernel,
@@ -35,7 +34,10 @@ _DELTA_ROWS = 64
 def kept_attention_triton(
     query: Tensor, key: Tensor, value: Tensor, index: Tensor, limits: Tensor, scale: float
 ) -> Tensor:
-    """See `sparsity_kernels.kept_attention.kept_attention`, which checks the arguments. No host synchronisation."""
+    """See `sparsity_kernels.kept_attention.kept_attention`, which checks the arguments. No host synchronisation.
+
+    Memory outside the arguments is not touched whatever ``index`` and ``limits`` hold: the kernels clamp and mask.
+    """
     return _KeptAttention.apply(query, key, value, index, limits, float(scale))
 
 
@@ -62,12 +64,12 @@ def _forward(query, key, value, index, limits, scale) -> tuple[Tensor, Tensor]:
     lse = torch.empty(batch, kv_heads, flat_rows, dtype=torch.float32, device=query.device)
     tiles = _tiles("forward", query)
     grid = (triton.cdiv(flat_rows, tiles["BLOCK_M"]), batch * kv_heads)
-    with _device_of(query):
+    with device_of(query):
         forward_kernel[grid](
             *(query, key, value, index, limits, output, lse),
             *_strides(query, key, value, index, limits, output),
             scale * _LOG2E,
-            *(kv_heads, flat_rows),
+            *(kv_heads, flat_rows, index.shape[1], key.shape[2]),
             **_constants(query, kv_heads),
             **tiles,
         )
@@ -85,7 +87,8 @@ def _backward(gradient, query, key, value, index, limits, output, lse, scale) ->
     grad_value = torch.zeros_like(grad_key)
     constants = _constants(query, kv_heads)
     sizes = (kv_heads, flat_rows)
-    with _device_of(query):
+    bounds = (keys, key.shape[2])
+    with device_of(query):
         delta_kernel[(triton.cdiv(flat_rows, _DELTA_ROWS), batch * kv_heads)](
             *(gradient, output, delta),
             *_strides(gradient, output),
@@ -99,6 +102,7 @@ def _backward(gradient, query, key, value, index, limits, output, lse, scale) ->
             *_strides(query, key, value, index, limits, gradient, grad_query),
             *(scale, scale * _LOG2E),
             *sizes,
+            *bounds,
             **constants,
             **tiles,
         )
@@ -108,6 +112,7 @@ def _backward(gradient, query, key, value, index, limits, output, lse, scale) ->
             *_strides(query, key, value, index, limits, gradient, grad_key),
             *(scale, scale * _LOG2E),
             *(kv_heads, rows),
+            *bounds,
             **constants,
             **tiles,
             SCAN=_SCAN,
@@ -129,10 +134,6 @@ def _strides(*tensors: Tensor) -> list[int]:
 def _constants(query: Tensor, kv_heads: int) -> dict[str, int]:
     dim = query.shape[3]
     return {"GROUP": query.shape[1] // kv_heads, "DIM": dim, "BLOCK_D": triton.next_power_of_2(dim)}
-
-
-def _device_of(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _tiles(kernel: str, query: Tensor) -> dict[str, int]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsity_kernels.backend import Impl, runs_triton
-from sparsity_kernels.ragged_attention.eager import ragged_attention_eager
+from sparsity_kernels.backend import TRITON_DTYPES, Impl, runs_triton
+from sparsity_kernels.checks import check_attention_tensors, check_head_dim
+from sparsity_kernels.ragged_attention.eager import check_extents, ragged_attention_eager
 
 __all__ = ["ragged_attention"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MOST_ROWS = 64
 
 
@@ -35,11 +35,11 @@ def ragged_attention(
     Args:
         query: (batch, heads, rows, dim), 1 … 64 rows (one in a decode step), heads a multiple of kv_heads.
         key, value: (entries, kv_heads, dim). float32, bfloat16, float16, or float64 (eager only); dim in 16 … 256.
-        start: (batch,) int64. length: (batch,) int32. Entries a row owns must lie in the buffer; this is not checked.
+        start: (batch,) int64. length: (batch,) int32; 0 and less: owns nothing. Entries a row owns lie in the buffer.
         scale: factor of the logits.
         impl: ``auto`` is Triton on CUDA devices (float64: eager), else eager.
         rectangular: capacity of a batch row where ``start[b] == b * rectangular`` and entries == batch * rectangular:
-            eager then may serve all rows in one call. None: anywhere.
+            eager then may serve all rows in one call. No length is larger. None: anywhere.
         splits: into how many parts the Triton kernel divides a row's entries, 1 … 128; None chooses from shapes and
             device, never from lengths, so that a CUDA graph serves all lengths. Eager takes no notice.
 
@@ -47,16 +47,17 @@ def ragged_attention(
         (batch, heads, rows, dim). For inference: there is no gradient.
 
     Raises:
-        ValueError: a type, device, shape or memory layout is not as above, or a gradient is asked for.
+        ValueError: a type, device, shape or memory layout is not as above, or a gradient is asked for; on the CPU and
+            in eager also entries outside the buffer or not as ``rectangular`` says. Triton on a GPU does not look, so
+            that nobody waits: a row ends at the end of the buffer, and one that starts outside it sees nothing.
         BackendError: ``impl="triton"`` cannot run here.
     """
     _check(query, key, value, start, length, rectangular, splits)
-    wide = query.dtype == torch.float64
-    if runs_triton(impl, query, key, value, start, length) and not (wide and impl == "auto"):
-        if wide:
-            raise ValueError('impl="triton" takes float32, bfloat16 or float16, got torch.float64')
+    if runs_triton(impl, query, key, value, start, length, dtypes=TRITON_DTYPES):
         from sparsity_kernels.ragged_attention.triton import ragged_attention_triton
 
+        if not query.is_cuda:
+            check_extents(start.tolist(), length.tolist(), key.shape[0], rectangular)
         capacity = key.shape[0] // query.shape[0] if rectangular is None else rectangular
         return ragged_attention_triton(query, key, value, start, length, scale, capacity, splits)
     return ragged_attention_eager(query, key, value, start, length, scale, rectangular)
@@ -71,18 +72,8 @@ def _check(
     rectangular: int | None,
     splits: int | None,
 ) -> None:
-    for name, tensor, dimensions in (("query", query, 4), ("key", key, 3), ("value", value, 3)):
-        if tensor.ndim != dimensions:
-            raise ValueError(f"{name} must have {dimensions} dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in _DTYPES or tensor.dtype != query.dtype:
-            raise ValueError(
-                "query, key and value must share one of float32, bfloat16, float16, float64, got "
-                f"{query.dtype}, {key.dtype}, {value.dtype}"
-            )
-        if tensor.numel() == 0:
-            raise ValueError(f"{name} must not be empty, got shape {tuple(tensor.shape)}")
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+    check_attention_tensors(3, query, key, value)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"ragged_attention has no gradient, and {name} requires one: use torch.no_grad()")
     batch, heads, rows, dim = query.shape
@@ -91,8 +82,7 @@ def _check(
             "query (batch, heads, rows, dim), key and value (entries, kv_heads, dim) with heads a multiple of kv_heads "
             f"do not fit: got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         )
-    if not 16 <= dim <= 256:
-        raise ValueError(f"head dim must be in 16 … 256, got {dim}")
+    check_head_dim(dim)
     if rows > _MOST_ROWS:
         raise ValueError(f"query must have at most {_MOST_ROWS} rows, got {rows}")
     for name, tensor, dtype in (("start", start, torch.int64), ("length", length, torch.int32)):

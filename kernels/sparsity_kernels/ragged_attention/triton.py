@@ -9,14 +9,13 @@ for its group. Names: i_ program ids, o_ offsets, m_ masks, p_ pointers, b_ bloc
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsity_kernels.kept_attention.kernels import dot
+from sparsity_kernels.backend import device_of
+from sparsity_kernels.products import dot
 
 _LOG2E = 1.4426950408889634
 _MOST_SPLITS = 128
@@ -37,7 +36,8 @@ def ragged_attention_triton(
 ) -> Tensor:
     """See `sparsity_kernels.ragged_attention.ragged_attention`, which checks the arguments.
 
-    Can be captured in a CUDA graph: nothing here depends on the values of ``start`` and ``length``.
+    Can be captured in a CUDA graph: nothing here depends on the values of ``start`` and ``length``, and the kernel
+    clamps them, so that nothing outside the buffer is read.
 
     Args:
         capacity: entries a batch row may own (for a packed buffer their mean); only the choice of splits uses it.
@@ -57,7 +57,7 @@ def ragged_attention_triton(
     maxima = torch.empty(parts, dtype=torch.float32, device=query.device)
     sums = torch.empty(parts, dtype=torch.float32, device=query.device)
     constants = {"GROUP": heads // kv_heads, "DIM": dim, "BLOCK_D": block_d}
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+    with device_of(query):
         _split_kernel[(batch * row_tiles, kv_heads, splits)](
             *(query, key, value, start, length, output, partial, maxima, sums),
             *query.stride()[:3],
@@ -65,7 +65,7 @@ def ragged_attention_triton(
             *value.stride()[:2],
             *output.stride()[:3],
             scale * _LOG2E,
-            *(rows, row_tiles),
+            *(rows, row_tiles, key.shape[0]),
             **constants,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
@@ -112,7 +112,7 @@ def _tiles(flat_rows: int, block_d: int, bytes_of_number: int) -> tuple[int, int
     return min(64, max(16, triton.next_power_of_2(flat_rows))), block_n, 4
 
 
-@triton.jit(do_not_specialize=["rows", "row_tiles"])
+@triton.jit(do_not_specialize=["rows", "row_tiles", "entries"])
 def _split_kernel(
     query,
     key,
@@ -136,6 +136,7 @@ def _split_kernel(
     scale_log2,
     rows,
     row_tiles,
+    entries,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -163,13 +164,15 @@ def _split_kernel(
     o_head = i_g * GROUP + o_m % GROUP
     o_q = i_b * stride_qb + o_row.to(tl.int64) * stride_qr + o_head.to(tl.int64) * stride_qh
     b_q = tl.load(query + o_q[:, None] + o_d[None, :], mask=m_md, other=0.0)
-    b_limit = tl.where(m_m, tl.load(length + i_b) - (rows - 1) + o_row, 0)
+    first = tl.load(start + i_b)
+    owned = tl.minimum(tl.load(length + i_b), entries - first)  # a row ends with the buffer whatever its length says
+    owned = tl.where(first < 0, 0, tl.maximum(owned, 0)).to(tl.int32)
+    b_limit = tl.where(m_m, owned - (rows - 1) + o_row, 0)
     longest = tl.maximum(tl.max(b_limit, 0), 0)
     tiles = tl.cdiv(longest, BLOCK_N)
     low = tiles * i_s // splits * BLOCK_N
     high = tl.minimum(tiles * (i_s + 1) // splits * BLOCK_N, longest)
 
-    first = tl.load(start + i_b)
     p_key = key + first * stride_kn + i_g.to(tl.int64) * stride_kh
     p_value = value + first * stride_vn + i_g.to(tl.int64) * stride_vh
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)

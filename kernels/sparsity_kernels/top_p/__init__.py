@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from sparsity_kernels.backend import Impl, runs_triton
+from sparsity_kernels.checks import dtype_name, form
 from sparsity_kernels.top_p import eager
 
 __all__ = ["keep_highest", "top_p_count"]
@@ -29,15 +33,16 @@ def top_p_count(mass: Tensor, droppable: Tensor, p: Tensor, impl: Impl = "auto")
         int64 counts of the shape of ``p``, at least 1; 0 where nothing is droppable.
 
     Raises:
-        ValueError: dtypes or shapes do not fit.
+        ValueError: dtypes, shapes or devices do not fit; on the CPU also a value is not as above. On a GPU that is
+            the caller's to see to, as looking would make the host wait: other values give any counts in [0, length].
     """
-    _check_row("mass", mass, droppable)
-    _check_budgets("p", p, torch.float32, mass)
-    if runs_triton(impl, mass, droppable, p):
-        from sparsity_kernels.top_p import triton
-
-        return triton.top_p_count(mass, droppable, p)
-    return eager.top_p_count(mass, droppable, p)
+    _check_forms("mass", mass, droppable, "p", p, torch.float32)
+    if not mass.is_cuda and p.numel():
+        least, most = _ends(p)
+        if not (least > 0 and most <= 1):
+            raise ValueError(f"p must be in (0, 1], got {least} … {most}")
+    _check_finite("mass", mass, droppable, smallest=0)
+    return _module(impl, mass, droppable, p).top_p_count(mass, droppable, p)
 
 
 def keep_highest(rank: Tensor, droppable: Tensor, count: Tensor, impl: Impl = "auto") -> Tensor:
@@ -54,31 +59,45 @@ def keep_highest(rank: Tensor, droppable: Tensor, count: Tensor, impl: Impl = "a
         ``droppable``. Of two counts of one row the larger one's set contains the smaller one's.
 
     Raises:
-        ValueError: dtypes or shapes do not fit.
+        ValueError: dtypes, shapes or devices do not fit; on the CPU also a value is not as above. On a GPU that is
+            the caller's to see to, as looking would make the host wait: other values give any set of droppable tokens.
     """
-    _check_row("rank", rank, droppable)
-    _check_budgets("count", count, torch.int64, rank)
-    if runs_triton(impl, rank, droppable, count):
+    _check_forms("rank", rank, droppable, "count", count, torch.int64)
+    _check_finite("rank", rank, droppable, smallest=-math.inf)
+    return _module(impl, rank, droppable, count).keep_highest(rank, droppable, count)
+
+
+def _module(impl: Impl, *tensors: Tensor) -> ModuleType:
+    if runs_triton(impl, *tensors):
         from sparsity_kernels.top_p import triton
 
-        return triton.keep_highest(rank, droppable, count)
-    return eager.keep_highest(rank, droppable, count)
+        return triton
+    return eager
 
 
-def _check_row(name: str, values: Tensor, droppable: Tensor) -> None:
+def _check_forms(
+    name: str, values: Tensor, droppable: Tensor, budgets_name: str, budgets: Tensor, dtype: torch.dtype
+) -> None:
     if values.dtype != torch.float32 or values.ndim != 2 or values.shape[1] == 0:
-        raise ValueError(f"{name} must be (batch, length) float32, length at least 1, got {_form(values)}")
+        raise ValueError(f"{name} must be (batch, length) float32, length at least 1, got {form(values)}")
     if droppable.dtype != torch.bool or droppable.shape != values.shape:
-        raise ValueError(
-            f"droppable must be bool of the shape of {name}, {tuple(values.shape)}, got {_form(droppable)}"
-        )
-
-
-def _check_budgets(name: str, budgets: Tensor, dtype: torch.dtype, values: Tensor) -> None:
+        raise ValueError(f"droppable must be bool of the shape of {name}, {tuple(values.shape)}, got {form(droppable)}")
     if budgets.dtype != dtype or budgets.ndim not in (1, 2) or budgets.shape[0] != values.shape[0]:
-        allowed = f"(batch,) or (batch, budgets) {str(dtype).removeprefix('torch.')} with batch {values.shape[0]}"
-        raise ValueError(f"{name} must be {allowed}, got {_form(budgets)}")
+        allowed = f"(batch,) or (batch, budgets) {dtype_name(dtype)} with batch {values.shape[0]}"
+        raise ValueError(f"{budgets_name} must be {allowed}, got {form(budgets)}")
 
 
-def _form(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+def _check_finite(name: str, values: Tensor, droppable: Tensor, smallest: float) -> None:
+    """On the CPU: values that count are finite and not below ``smallest``."""
+    if values.is_cuda or not values.numel():
+        return
+    least, most = _ends(values.masked_fill(~droppable, 0.0))
+    if not (least >= smallest and -math.inf < least and most < math.inf):
+        least_allowed = "" if smallest < 0 else f" and at least {smallest}"
+        raise ValueError(f"{name} must be finite{least_allowed} where droppable, got {least} … {most}")
+
+
+def _ends(values: Tensor) -> tuple[float, float]:
+    """Smallest and largest; both NaN where one is."""
+    least, most = torch.aminmax(values.detach())
+    return float(least), float(most)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsity_kernels.backend import device_of
+
 _LARGEST_BLOCK = 16384  # entries that stay in registers; longer rows read the rest again at every step,
 _CHUNK = 8192  # so many at a time beside those that stay
 
@@ -18,18 +20,14 @@ def top_p_count(mass: Tensor, droppable: Tensor, p: Tensor) -> Tensor:
     mass, droppable, budgets = _rows(mass), _rows(droppable), _several(p)
     count = torch.empty_like(budgets, dtype=torch.int64)
     block, warps = _block(mass.shape[1])
-    _count_kernel[budgets.shape](
-        mass,
-        droppable,
-        budgets,
-        count,
-        mass.shape[1],
-        mass.stride(0),
-        droppable.stride(0),
-        BLOCK=block,
-        CHUNK=min(block, _CHUNK),
-        num_warps=warps,
-    )
+    with device_of(mass):
+        _count_kernel[budgets.shape](
+            *(mass, droppable, budgets, count),
+            *(mass.shape[1], mass.stride(0), droppable.stride(0)),
+            BLOCK=block,
+            CHUNK=min(block, _CHUNK),
+            num_warps=warps,
+        )
     return count.view(p.shape)
 
 
@@ -38,17 +36,13 @@ def keep_highest(rank: Tensor, droppable: Tensor, count: Tensor) -> Tensor:
     rank, droppable, counts = _rows(rank), _rows(droppable), _several(count)
     kept = torch.empty(*count.shape, rank.shape[1], dtype=torch.bool, device=rank.device)
     block, warps = _block(rank.shape[1])
-    _keep_kernel[counts.shape](
-        rank,
-        droppable,
-        counts,
-        kept,
-        rank.shape[1],
-        rank.stride(0),
-        droppable.stride(0),
-        BLOCK=block,
-        num_warps=warps,
-    )
+    with device_of(rank):
+        _keep_kernel[counts.shape](
+            *(rank, droppable, counts, kept),
+            *(rank.shape[1], rank.stride(0), droppable.stride(0)),
+            BLOCK=block,
+            num_warps=warps,
+        )
     return kept
 
 
