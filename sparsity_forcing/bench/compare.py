@@ -21,7 +21,7 @@ class Case:
 
     ``seconds``: raw samples per arm, one a repetition, in the order they were taken. ``setting``: shapes, dtype and
     what else a reader needs. ``checked``: what was compared before the timing, and how well it agreed. ``notes``: other
-    figures of the case.
+    figures of the case. ``baseline``: the arm that ``speedup`` is against; ``speedups`` has all of them.
     """
 
     name: str
@@ -29,13 +29,24 @@ class Case:
     subject: str
     baseline: str
     seconds: dict[str, list[float]]
-    checked: dict
+    checked: list[dict]
     notes: dict = field(default_factory=dict)
 
     @property
     def speedup(self) -> float:
         """Baseline time over subject time: the median of the ratios within repetitions."""
-        return statistics.median(self._ratios())
+        return self.speedups[self.baseline]["median"]
+
+    @property
+    def speedups(self) -> dict[str, dict]:
+        """The same against every other arm, with the range of the ratios."""
+        found = {}
+        for arm in self.seconds:
+            if arm != self.subject:
+                pairs = zip(self.seconds[arm], self.seconds[self.subject], strict=True)
+                ratios = [other / own for other, own in pairs]
+                found[arm] = {"median": statistics.median(ratios), "range": [min(ratios), max(ratios)]}
+        return found
 
     def as_json(self) -> dict:
         return {
@@ -44,16 +55,18 @@ class Case:
             "subject": self.subject,
             "baseline": self.baseline,
             "speedup": self.speedup,
-            "speedup_range": [min(self._ratios()), max(self._ratios())],
+            "speedup_range": self.speedups[self.baseline]["range"],
+            "speedups": self.speedups,
             "median_seconds": {arm: statistics.median(samples) for arm, samples in self.seconds.items()},
             "seconds": self.seconds,
             "checked": self.checked,
             "notes": self.notes,
         }
 
-    def _ratios(self) -> list[float]:
-        pairs = zip(self.seconds[self.baseline], self.seconds[self.subject], strict=True)
-        return [dense / sparse for dense, sparse in pairs]
+
+def fastest(seconds: dict[str, list[float]], besides: str) -> str:
+    """The arm with the lowest median, ``besides`` left out: the baseline that is hardest to beat."""
+    return min((arm for arm in seconds if arm != besides), key=lambda arm: statistics.median(seconds[arm]))
 
 
 def time_arms(
@@ -80,6 +93,30 @@ def time_arms(
             synchronise()
             seconds[name].append((time.perf_counter() - started) / inner)
     return seconds
+
+
+def captured(run: Callable[[], torch.Tensor], device: torch.device | str) -> Callable[[], torch.Tensor]:
+    """``run`` as a CUDA graph on a GPU, so that no arm waits for its own launches; as it is elsewhere.
+
+    A replay fills the same output again.
+    """
+    if torch.device(device).type != "cuda":
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay
 
 
 def require_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> dict:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
-from sparsity_kernels import RaggedCache
 from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.cache_utils import Cache
 
 from sparsity_forcing.attention.api import decoder_attention
-from sparsity_forcing.attention.cache import PrunedLayer, pruned_cache
+from sparsity_forcing.attention.cache import pruned_cache
 from sparsity_forcing.attention.context import SparseContext
-from sparsity_forcing.bench.compare import BenchError, Case, require_equal, time_arms
-from sparsity_forcing.generation.loop import Sampling, decode
+from sparsity_forcing.attention.stats import layer_ratios
+from sparsity_forcing.bench.compare import BenchError, Case, fastest, require_close, time_arms
+from sparsity_forcing.bench.steps import GENERATE, NEW_TOKENS, TOLERANCE, heads, make_pool, step_arms
 from sparsity_forcing.params import SparsityParams
 from sparsity_forcing.selection import PromptLayout
 
@@ -24,11 +21,8 @@ SIZES = {
     "3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
            "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
 }  # fmt: skip
-SUFFIX = 64  # text tokens after the image
-SHORT, LONG = 8, 40  # new tokens of the two loops whose difference is timed: what both do once cancels out
-
-
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420}
+SUFFIX = 64  # text tokens after the image
 
 
 def random_qwen(
@@ -58,93 +52,45 @@ def image_prompt(model, batch: int, length: int) -> torch.Tensor:
     return ids
 
 
-def filled_cache(model, batch: int, length: int, share: float, room: int) -> Cache:
-    """A cache as after a prompt of ``length`` of which every layer kept ``share``, filled with random numbers."""
-    config = model.config.get_text_config()
-    kept = round(share * length)
-    dim = config.hidden_size // config.num_attention_heads
-    cache = pruned_cache(config.num_hidden_layers)
-    for layer in cache.layers:
-        entries = batch * (kept + room)
-        key, value = (
-            torch.randn(entries, config.num_key_value_heads, dim, device=model.device, dtype=model.dtype)
-            for _ in range(2)
-        )
-        start = torch.arange(batch, device=model.device) * (kept + room)
-        lengths = torch.full((batch,), kept, dtype=torch.int32, device=model.device)
-        slots = torch.full((entries,), -1, dtype=torch.int32, device=model.device)
-        layer.ragged = RaggedCache(key, value, slots, start, lengths, [kept + room] * batch, [kept] * batch)
-        layer.seen, layer.is_initialized, layer.keys, layer.values = length, True, key[:0], value[:0]
-    return cache
+@torch.no_grad()
+def equal_batch_case(
+    model, name: str, batch: int, length: int, share: float, repetitions: int, generate: bool = True
+) -> Case:
+    """One decode step over a pruned and over whole caches, same batch, CUDA graphs in all arms but `model.generate`.
 
-
-def decode_seconds(model, batch: int, length: int, share: float, cuda_graph: bool, repetitions: int) -> list[float]:
-    """Seconds of one decode step of the whole model over a cache of ``share`` of ``length`` tokens; raw samples."""
-    ids = image_prompt(model, batch, length)
-    layout = PromptLayout.from_tokens(ids, None, (model.config.image_token_id,))
-    context = SparseContext(SparsityParams(), layout, torch.ones(batch))
-    suppressed = torch.tensor([], dtype=torch.long, device=model.device)
-    cache = filled_cache(model, batch, length, share, room=LONG)
-    fresh = [(layer.ragged.length.clone(), layer.ragged.lengths[:]) for layer in cache.layers]
-    logits = torch.randn(batch, model.config.get_text_config().vocab_size, device=model.device, dtype=model.dtype)
-    position = torch.full((batch,), length, device=model.device)
-
-    def run(tokens: int) -> float:
-        for layer, (lengths, on_host) in zip(cache.layers, fresh, strict=True):
-            rewind(layer, lengths, on_host, length)
-        _synchronise()
-        started = time.perf_counter()
-        decode(model, cache, logits, position, 3, context, Sampling(0.0, tokens, (), 0, suppressed), None, cuda_graph)
-        _synchronise()
-        return time.perf_counter() - started
-
-    with decoder_attention(model):
-        run(SHORT)
-        return [(run(LONG) - run(SHORT)) / (LONG - SHORT) for _ in range(repetitions)]
-
-
-def rewind(layer: PrunedLayer, lengths: torch.Tensor, on_host: list[int], seen: int) -> None:
-    """Forgets what was appended to a pruned layer."""
-    cache = layer.ragged
-    cache.length.copy_(lengths)
-    layer.ragged = RaggedCache(
-        cache.key, cache.value, cache.slots, cache.start, cache.length, cache.capacity, on_host[:], cache.impl
-    )
-    layer.seen = seen
-
-
-def equal_batch_case(model, name: str, batch: int, length: int, share: float, repetitions: int) -> Case:
-    """Decode steps per second over a pruned and over a whole cache, same batch, same loop, CUDA graphs in both."""
-    graph = model.device.type == "cuda"
-    checked = _check_loop(model, graph)
-    seconds = {
-        arm: decode_seconds(model, batch, length, kept, graph, repetitions)
-        for arm, kept in (("dense", 1.0), ("sparse", share))
-    }
+    ``generate``: time that too; it needs memory for a second dense cache.
+    """
+    pool = make_pool(model, batch * (length + 1))
+    arms, checked = step_arms(model, pool, batch, batch, length, round(share * length), generate)
+    seconds = _per_token(time_arms(arms, repetitions), {})
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     cached = 2 * batch * length * _bytes_per_entry(model)
     limit = (weights + cached) / (weights + share * cached)
-    setting = {"model": name, "batch": batch, "length": length, "token_ratio": share, "cuda_graph": graph}
+    setting = {"model": name, "batch": batch, "length": length, "token_ratio": share}
     notes = {"cache_bytes_dense": cached, "weight_bytes": weights, "bandwidth_limit_of_speedup": limit}
+    if not generate:
+        notes["left_out"] = f"{GENERATE}: its second copy of the cache does not fit"
     title = f"{name} decode step, batch {batch}, {length} tokens"
-    return Case(title, setting, "sparse", "dense", seconds, checked, notes)
+    return Case(title, setting | _how(model), "sparse", fastest(seconds, "sparse"), seconds, checked, notes)
 
 
+@torch.no_grad()
 def equal_memory_case(model, name: str, length: int, share: float, cache_bytes: int, repetitions: int) -> Case:
-    """Seconds per generated token when dense and pruned caches fill the same memory: four times the rows fit."""
-    graph = model.device.type == "cuda"
-    checked = _check_loop(model, graph)
-    row = 2 * length * _bytes_per_entry(model)
-    batches = {"dense": cache_bytes // row, "sparse": int(cache_bytes // (share * row))}
-    if batches["dense"] < 1:
+    """Seconds per generated token when dense and pruned caches fill the same memory: four times the rows fit.
+
+    `model.generate` takes as much again for its copy.
+    """
+    entries, kept = cache_bytes // (2 * _bytes_per_entry(model)), round(share * length)
+    batch, sparse_batch = entries // (length + 1), entries // (kept + 1)
+    if batch < 1:
         raise BenchError(f"{cache_bytes / 2**30:.0f} GiB hold no row of {length} tokens; give more cache_bytes")
-    seconds = {}
-    for arm, batch in batches.items():
-        steps = decode_seconds(model, batch, length, share if arm == "sparse" else 1.0, graph, repetitions)
-        seconds[arm] = [step / batch for step in steps]
+    pool = make_pool(model, entries)
+    arms, checked = step_arms(model, pool, batch, sparse_batch, length, kept, generate=True)
+    batches = {arm: sparse_batch if arm == "sparse" else batch for arm in arms}
+    seconds = _per_token(time_arms(arms, repetitions), batches)
     setting = {"model": name, "length": length, "token_ratio": share, "cache_bytes": cache_bytes, "batch": batches}
     title = f"{name} throughput at equal memory, {length} tokens"
-    return Case(title, setting | {"cuda_graph": graph}, "sparse", "dense", seconds, checked)
+    return Case(title, setting | _how(model), "sparse", fastest(seconds, "sparse"), seconds, checked)
 
 
 @torch.no_grad()
@@ -158,39 +104,34 @@ def prefill_case(model, name: str, length: int, share: float, settings: Sparsity
     def dense() -> torch.Tensor:
         return model(**call, past_key_values=DynamicCache()).logits
 
-    def sparse(p: float = share) -> torch.Tensor:
+    def sparse(p: float = share) -> tuple[torch.Tensor, SparseContext]:
         cache = pruned_cache(model.config.get_text_config().num_hidden_layers)
         context = SparseContext(settings, layout, torch.tensor([p]), cache)
         with decoder_attention(model):
             logits = model(**call, past_key_values=cache, sparse=context).logits
         context.check()
-        return logits
+        return logits, context
 
-    agrees = (sparse(1.0).argmax(-1) == dense().argmax(-1)).cpu()
-    checked = require_equal(agrees, torch.ones_like(agrees), "the most likely token at p = 1 and densely")
+    what = "logits of the last token at p = 1 and densely"
+    checked = [require_close(sparse(1.0)[0], dense(), TOLERANCE[model.dtype], what)]
+    ratios = layer_ratios(sparse()[1].kept, layout.valid)
     seconds = time_arms({"dense": dense, "sparse": sparse}, repetitions)
-    setting = {"model": name, "batch": 1, "length": length, "p": share, **settings.model_dump(mode="json")}
-    kind = f"{settings.prefill} prefill, {settings.scoring_rows} rows"
-    return Case(f"{name} {kind}, {length} tokens", setting, "sparse", "dense", seconds, checked)
+    setting = {"model": name, "batch": 1, "length": length, **settings.model_dump(mode="json"), "p": share}
+    notes = {"token_ratio": float(ratios.mean()), "token_ratio_of_layers": ratios[:, 0].tolist()}
+    title = f"{name} {settings.prefill} prefill, {settings.scoring_rows} rows, {length} tokens"
+    return Case(title, setting, "sparse", "dense", seconds, checked, notes)
 
 
-def _check_loop(model, graph: bool) -> dict:
-    """The captured loop gives the tokens of the plain one."""
-    from sparsity_forcing.generation.api import sparse_generate
-
-    inputs = {"input_ids": image_prompt(model, 2, 3 * SUFFIX)}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    found = [sparse_generate(model, inputs, 0.5, max_new_tokens=20, cuda_graph=on).tokens for on in {False, graph}]
-    return require_equal(found[-1], found[0], "tokens of the captured loop and of the plain one")
+def _per_token(seconds: dict[str, list[float]], batches: dict[str, int]) -> dict[str, list[float]]:
+    """Seconds of a call as those of a step (no ``batches``) or of a single token of one row."""
+    return {arm: [sample / NEW_TOKENS / batches.get(arm, 1) for sample in samples] for arm, samples in seconds.items()}
 
 
 def _bytes_per_entry(model) -> int:
     """Bytes of one token's key (or value) in all layers."""
-    config = model.config.get_text_config()
-    dim = config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers * config.num_key_value_heads * dim * model.dtype.itemsize
+    kv_heads, dim = heads(model)
+    return model.config.get_text_config().num_hidden_layers * kv_heads * dim * model.dtype.itemsize
 
 
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _how(model) -> dict:
+    return {"steps_a_sample": NEW_TOKENS, "cuda_graph": model.device.type == "cuda"}

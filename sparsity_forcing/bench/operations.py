@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
+
 import torch
 from sparsity_kernels import (
+    RaggedCache,
     attention_mass,
     causal_attention,
     compact,
@@ -14,58 +18,85 @@ from sparsity_kernels import (
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsity_forcing.bench.compare import Case, require_close, require_equal, time_arms
+from sparsity_forcing.bench.compare import Case, captured, fastest, require_close, require_equal, time_arms
 
 HEADS, KV_HEADS, DIM = 28, 4, 128  # of Qwen2.5-VL-7B
+COLD_BYTES = 2**28  # several times the last-level cache of a processor (some 32 MiB) and of a GPU (50 MiB)
+FEWEST_CALLS = 8  # of a sample of decode attention
 
 
 def decode_case(length: int, batch: int, share: float, device: str, dtype: torch.dtype, repetitions: int) -> Case:
     """One decode step's attention over a cache pruned to ``share``, against dense attention over the whole cache.
 
-    The dense arm is the faster of torch's two forms: grouped-query, and the query heads of a group folded into rows.
+    Every arm takes caches in turn, of at least ``COLD_BYTES`` together, as a model's layers are taken in turn: no cache
+    of the machine still holds one when its turn comes. A sample is the mean of a round, on a GPU a captured one. The
+    baseline is the faster of torch's two forms: grouped-query, and the query heads of a group folded into rows.
     """
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=dtype)  # noqa: E731
-    query, key, value = (
-        draw(batch, HEADS, 1, DIM),
-        draw(batch, KV_HEADS, length, DIM),
-        draw(batch, KV_HEADS, length, DIM),
-    )
-    scale = DIM**-0.5
+    query, scale, kept_length = draw(batch, HEADS, 1, DIM), DIM**-0.5, round(share * length)
     kept = keep_highest(
         torch.rand(batch, length, generator=generator, device=device),
         torch.ones(batch, length, dtype=torch.bool, device=device),
-        torch.full((batch,), round(share * length), device=device),
+        torch.full((batch,), kept_length, device=device),
     )
-    cache = compact(key, value, kept, room=1)
+    bytes_dense, bytes_read = (2 * batch * n * KV_HEADS * DIM * dtype.itemsize for n in (length, kept_length))
+    dense_caches, caches = [], []
+    while len(caches) * bytes_read < COLD_BYTES:
+        entries = [draw(batch, KV_HEADS, length, DIM) for _ in range(2)]
+        caches.append(compact(*entries, kept, room=1))
+        if len(dense_caches) * bytes_dense < COLD_BYTES:
+            dense_caches.append(entries)
 
-    def sparse() -> Tensor:
+    def sparse(cache: RaggedCache) -> Tensor:
         return ragged_attention(
             query, cache.key, cache.value, cache.start, cache.length, scale, rectangular=cache.rectangular
         )
 
-    def dense_grouped() -> Tensor:
-        return scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+    def dense_grouped(entries: list[Tensor]) -> Tensor:
+        return scaled_dot_product_attention(query, *entries, scale=scale, enable_gqa=True)
 
-    def dense_folded() -> Tensor:
+    def dense_folded(entries: list[Tensor]) -> Tensor:
         folded = query.view(batch, KV_HEADS, HEADS // KV_HEADS, DIM)
-        return scaled_dot_product_attention(folded, key, value, scale=scale).view(batch, HEADS, 1, DIM)
+        return scaled_dot_product_attention(folded, *entries, scale=scale).view(batch, HEADS, 1, DIM)
 
-    masked = (query.double().view(batch, KV_HEADS, -1, DIM) @ key.double().transpose(-1, -2) * scale).masked_fill(
+    key, value = (memory.double() for memory in dense_caches[0])
+    masked = (query.double().view(batch, KV_HEADS, -1, DIM) @ key.transpose(-1, -2) * scale).masked_fill(
         ~kept[:, None, None], -torch.inf
     )
-    expected = (masked.softmax(-1) @ value.double()).view(batch, HEADS, 1, DIM)
+    expected = (masked.softmax(-1) @ value).view(batch, HEADS, 1, DIM)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
-    checked = require_close(sparse(), expected, tolerance, "attention among the kept keys, against float64")
-    require_close(dense_grouped(), dense_folded(), tolerance, "the two forms of the dense baseline")
-    arms = {"sparse": sparse, "dense grouped-query": dense_grouped, "dense folded": dense_folded}
-    seconds = time_arms(arms, repetitions, inner=max(1, 2**18 // (length * batch)))
-    best = min(("dense grouped-query", "dense folded"), key=lambda name: sorted(seconds[name])[repetitions // 2])
+    forms = dense_grouped(dense_caches[0]), dense_folded(dense_caches[0])
+    checked = [
+        require_close(sparse(caches[0]), expected, tolerance, "attention among the kept keys, against float64"),
+        require_close(*forms, tolerance, "the two forms of the dense baseline"),
+    ]
+    del key, value, masked
+    calls = max(len(caches), FEWEST_CALLS)
+    arms = {
+        "sparse": _round(sparse, caches, calls, device),
+        "dense grouped-query": _round(dense_grouped, dense_caches, calls, device),
+        "dense folded": _round(dense_folded, dense_caches, calls, device),
+    }
+    rounds = time_arms(arms, repetitions)
+    seconds = {arm: [sample / calls for sample in samples] for arm, samples in rounds.items()}
     setting = {"length": length, "batch": batch, "token_ratio": share, "heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM}
-    bytes_read = 2 * batch * round(share * length) * KV_HEADS * DIM * dtype.itemsize
-    notes = {"bytes_read": bytes_read, "bytes_per_second": bytes_read / sorted(seconds["sparse"])[repetitions // 2]}
+    setting |= {"caches": len(caches), "dense_caches": len(dense_caches), "calls_a_sample": calls}
+    notes = {"bytes_read": bytes_read, "bytes_per_second": bytes_read / statistics.median(seconds["sparse"])}
     name = f"decode attention, {length} tokens, batch {batch}"
+    best = fastest(seconds, "sparse")
     return Case(name, setting | _where(device, dtype), "sparse", best, seconds, checked, notes)
+
+
+def _round(attend: Callable, caches: list, calls: int, device: str) -> Callable[[], Tensor]:
+    """``calls`` times attention over the caches in turn."""
+
+    def run() -> Tensor:
+        for call in range(calls):
+            output = attend(caches[call % len(caches)])
+        return output
+
+    return captured(run, device)
 
 
 def mass_case(length: int, rows: int, device: str, dtype: torch.dtype, repetitions: int) -> Case:
@@ -84,17 +115,17 @@ def mass_case(length: int, rows: int, device: str, dtype: torch.dtype, repetitio
     found = mass()
     part = slice(length - min(rows, 64), length)
     expected = _mass_by_hand(query[:, :, part], key, scale)
-    checked = require_close(
+    last = require_close(
         attention_mass(query[:, :, part], key, slots[:, -min(rows, 64) :], valid, scale),
         expected,
         2e-2 if dtype == torch.bfloat16 else 1e-4,
         "the mass of the last 64 rows, against float64",
     )
-    require_close(found.sum()[None], torch.tensor([float(rows)], device=device), 1e-3, "the mass sums to the rows")
+    whole = require_close(found.sum()[None], torch.tensor([float(rows)], device=device), 1e-3, "mass, summed: the rows")
     seconds = time_arms({"mass": mass, "dense": lambda: causal_attention(query, key, value, scale)}, repetitions)
     setting = {"length": length, "rows": rows, "batch": 1, "heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM}
     name = f"attention mass, {length} tokens, {'all' if rows == length else rows} rows"
-    return Case(name, setting | _where(device, dtype), "mass", "dense", seconds, checked)
+    return Case(name, setting | _where(device, dtype), "mass", "dense", seconds, [last, whole])
 
 
 def selection_case(length: int, budgets: int, device: str, repetitions: int) -> Case:
@@ -111,12 +142,11 @@ def selection_case(length: int, budgets: int, device: str, repetitions: int) -> 
         sets = [keep_highest(mass, droppable, top_p_count(mass, droppable, p[:, i])) for i in range(budgets)]
         return torch.stack(sets, dim=1)
 
-    checked = require_equal(together(), one_by_one(), "kept sets in one call and in a call for each budget")
-    require_equal(
-        together().cpu(),
-        keep_highest(mass.cpu(), droppable.cpu(), top_p_count(mass.cpu(), droppable.cpu(), p.cpu())),
-        "kept sets on this device and on the CPU",
-    )
+    on_cpu = keep_highest(mass.cpu(), droppable.cpu(), top_p_count(mass.cpu(), droppable.cpu(), p.cpu()))
+    checked = [
+        require_equal(together(), one_by_one(), "kept sets in one call and in a call for each budget"),
+        require_equal(together().cpu(), on_cpu, "kept sets on this device and on the CPU"),
+    ]
     seconds = time_arms({"together": together, "one by one": one_by_one}, repetitions, inner=5)
     setting = {"length": length, "budgets": budgets, "batch": 1} | _where(device, torch.float32)
     return Case(f"selection, {length} tokens, {budgets} budgets", setting, "together", "one by one", seconds, checked)

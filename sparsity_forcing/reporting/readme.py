@@ -54,7 +54,8 @@ def results(table: BenchmarkTable, report: dict, train: dict) -> str:
 
 
 def speed(cpu: dict | None, gpu: dict | None) -> str:
-    """The speed table as Markdown: every case of the CPU set and of the GPU set with its setting and its baseline."""
+    """The speed table as Markdown: every case of the CPU set and of the GPU set with its setting and its baseline, and
+    a line for each further arm that it was measured against."""
     lines = ["| what | setting | against | speed-up (range) |", "|---|---|---|---|"]
     for bench, name in ((cpu, "CPU"), (gpu, "GPU")):
         if bench is None:
@@ -63,11 +64,12 @@ def speed(cpu: dict | None, gpu: dict | None) -> str:
             )
             continue
         for case in bench["cases"].values():
-            low, high = case["speedup_range"]
-            lines.append(
-                f"| {case['name']} | {_setting(case['setting'])} | {case['baseline']} "
-                f"| {case['speedup']:.2f} × ({low:.2f}–{high:.2f}) |"
-            )
+            against = {case["baseline"]: {"median": case["speedup"], "range": case["speedup_range"]}}
+            against |= {arm: ratio for arm, ratio in case.get("speedups", {}).items() if arm != case["baseline"]}
+            for arm, ratio in against.items():
+                low, high = ratio["range"]
+                what = f"{case['name']} | {_setting(case['setting'])}" if arm == case["baseline"] else "〃 | 〃"
+                lines.append(f"| {what} | {arm} | {ratio['median']:.2f} × ({low:.2f}–{high:.2f}) |")
     benches = [bench["manifest"] for bench in (cpu, gpu) if bench is not None]
     lines += ["", *(f"Measured on {m['hardware']}, torch {m['versions']['torch']}." for m in benches)]
     return "\n".join(lines)

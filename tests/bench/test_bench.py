@@ -10,21 +10,17 @@ from typer.testing import CliRunner
 
 import sparsity_forcing.bench.__main__ as command
 import sparsity_forcing.bench.operations as operations
+import sparsity_forcing.bench.rollouts as rollouts
 from sparsity_forcing.bench.__main__ import app
-from sparsity_forcing.bench.compare import BenchError, Case, require_close, require_equal, time_arms
-from sparsity_forcing.bench.models import equal_batch_case, equal_memory_case, prefill_case, random_qwen
-from sparsity_forcing.bench.rollouts import group_case, loop_case
-from sparsity_forcing.params import SparsityParams
-
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}  # fmt: skip
+from sparsity_forcing.bench.compare import BenchError, Case, captured, fastest, require_close, require_equal, time_arms
+from sparsity_forcing.bench.rollouts import SEPARATE, UNSHARED, group_case, loop_case
+from sparsity_forcing.reporting.readme import speed
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
-    return random_qwen(SMALL, "cpu", torch.float32, vision)
+@pytest.fixture(autouse=True)
+def little_memory(monkeypatch):
+    """Three pruned caches of the lengths used here."""
+    monkeypatch.setattr(operations, "COLD_BYTES", 3 * 2 * 2 * 32 * 4 * 128 * 4)
 
 
 def test_arms_take_turns():
@@ -36,9 +32,25 @@ def test_arms_take_turns():
 
 
 def test_the_speedup_is_the_median_of_the_ratios_within_repetitions():
-    case = Case("x", {}, "fast", "slow", {"fast": [1.0, 2.0, 1.0], "slow": [4.0, 4.0, 3.0]}, {})
+    case = Case("x", {}, "fast", "slow", {"fast": [1.0, 2.0, 1.0], "slow": [4.0, 4.0, 3.0]}, [])
     assert case.speedup == 3.0
     assert case.as_json()["speedup_range"] == [2.0, 4.0]
+
+
+def test_every_arm_has_its_speedup_and_the_fastest_is_known():
+    seconds = {"own": [1.0, 1.0], "slow": [4.0, 6.0], "fair": [2.0, 3.0]}
+    assert fastest(seconds, besides="own") == "fair"
+    case = Case("x", {}, "own", "fair", seconds, []).as_json()
+    assert case["speedup"] == 2.5
+    assert case["speedups"] == {
+        "slow": {"median": 5.0, "range": [4.0, 6.0]},
+        "fair": {"median": 2.5, "range": [2.0, 3.0]},
+    }
+
+
+def test_without_a_gpu_nothing_is_captured():
+    run = lambda: torch.ones(1)  # noqa: E731
+    assert captured(run, "cpu") is run
 
 
 @pytest.mark.parametrize("found", [1.2, float("nan"), float("inf")])
@@ -68,24 +80,52 @@ def test_operations():
         assert case.checked
 
 
+def test_decode_attention_takes_cold_caches_in_turn(monkeypatch):
+    """Between two uses of a cache, dense or pruned, at least `COLD_BYTES` of others are read."""
+    read = {"sparse": [], "dense": []}
+    ragged, dense = operations.ragged_attention, operations.scaled_dot_product_attention
+    monkeypatch.setattr(
+        operations, "ragged_attention", lambda q, k, *rest, **o: (read["sparse"].append(k), ragged(q, k, *rest, **o))[1]
+    )
+    monkeypatch.setattr(
+        operations,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **o: (read["dense"].append(k), dense(q, k, v, **o))[1],
+    )
+    monkeypatch.setattr(operations, "COLD_BYTES", 3 * 2 * 128 * 4 * 128 * 4)  # three dense caches, twelve pruned ones
+    case = operations.decode_case(128, 1, 0.25, "cpu", torch.float32, repetitions=1)
+    assert (case.setting["caches"], case.setting["dense_caches"]) == (12, 3)
+    assert len({k.data_ptr() for k in read["sparse"]}) == 12
+    assert len({k.data_ptr() for k in read["dense"]}) == 3
+    turns = [k.data_ptr() for k in read["sparse"][-12:]]
+    assert len(set(turns)) == case.setting["calls_a_sample"] == 12
+
+
 def test_whole_answers():
     group, loop = group_case(4, 3, repetitions=1), loop_case(4, 2, 3, repetitions=1)
     assert (group.setting["answers"], loop.setting["rollouts"]) == (8, 16)
     assert loop.notes["rollouts_per_second"]["loop"] == pytest.approx(16 / loop.seconds["loop"][0])
 
 
-def test_whole_models(model):
-    step = equal_batch_case(model, "small", batch=2, length=128, share=0.25, repetitions=1)
-    assert set(step.seconds) == {"dense", "sparse"}
-    assert step.notes["cache_bytes_dense"] == 2 * 2 * 128 * 2 * 2 * 16 * 4
-    limit = step.notes["bandwidth_limit_of_speedup"]
-    assert 1 < limit < 4
-    memory = equal_memory_case(model, "small", 128, 0.25, cache_bytes=4 * 128 * 2 * 2 * 2 * 16 * 4, repetitions=1)
-    assert memory.setting["batch"] == {"dense": 4, "sparse": 16}
-    with pytest.raises(BenchError, match="hold no row"):
-        equal_memory_case(model, "small", 128, 0.25, cache_bytes=1000, repetitions=1)
-    for settings in (SparsityParams(), SparsityParams(prefill="sparse", scoring_rows="probe")):
-        assert prefill_case(model, "small", 128, 0.25, settings, repetitions=1).setting["prefill"] == settings.prefill
+def test_group_and_loop_name_all_their_arms(monkeypatch):
+    """The loop's figure is against the faster form of `model.generate`, the group's against eight generations."""
+    times = {"loop": [1.0], "model.generate, 1 row a call": [9.0], "model.generate, 8 rows a call": [3.0]}
+    monkeypatch.setattr(rollouts, "time_arms", lambda arms, *_: {arm: times[arm] for arm in arms})
+    loop = loop_case(4, 1, 2, repetitions=1)
+    assert set(loop.seconds) == set(times)
+    assert (loop.baseline, loop.speedup) == ("model.generate, 8 rows a call", 3.0)
+    assert loop.speedups["model.generate, 1 row a call"]["median"] == 9.0
+
+    times = {"group": [1.0], SEPARATE: [6.0], UNSHARED: [2.0]}
+    group = group_case(4, 2, repetitions=1)
+    assert (group.baseline, group.speedup) == ("8 separate generations", 6.0)
+    assert group.notes["speedup_over_unshared"] == 2.0
+
+    manifest = {"hardware": "a machine", "versions": {"torch": "2.0"}}
+    table = speed({"cases": {"group": group.as_json(), "loop": loop.as_json()}, "manifest": manifest}, None)
+    assert "| one unshared 8-row call | 2.00 × (2.00–2.00) |" in table
+    assert "| model.generate, 8 rows a call | 3.00 × (3.00–3.00) |" in table
+    assert "| model.generate, 1 row a call | 9.00 × (9.00–9.00) |" in table
 
 
 def test_the_command_writes_samples_and_manifest_and_ends_with_the_figures(tmp_path, monkeypatch):
