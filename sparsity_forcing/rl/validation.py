@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.rl.batches import share_of
@@ -15,18 +16,25 @@ VALIDATED = ("accuracy", "token_ratio", "visual_token_ratio")
 
 
 @torch.no_grad()
+def answered(sampler: Sampler, rows: Sequence[Row], score: Callable[[str, str], float]) -> Tensor:
+    """(rows, 3) float64: score, token ratio and visual token ratio (1 without images) of every row's answer."""
+    size = sampler.config.validation_batch_size
+    parts = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        found = sampler.deployed(part)
+        scores = [score(text, row.answer) for text, row in zip(sampler.texts(found), part, strict=True)]
+        visual = found.visual_token_ratio.nan_to_num(1.0)
+        columns = [torch.tensor(scores), found.token_ratio.cpu(), visual.cpu()]
+        parts.append(torch.stack([column.double() for column in columns], dim=1))
+    return torch.cat(parts) if parts else torch.zeros(0, 3, dtype=torch.float64)
+
+
 def validate(
     sampler: Sampler, rows: Sequence[Row], score: Callable[[str, str], float], accelerator: Accelerator
 ) -> dict[str, float]:
     """Means over all ``rows``. Each process answers its share; the shares may differ in length, nobody waits inside."""
-    own = share_of(rows, accelerator.process_index, accelerator.num_processes)
-    size = sampler.config.validation_batch_size
-    totals = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(own), size):
-        part = own[start : start + size]
-        found = sampler.deployed(part)
-        right = sum(score(text, row.answer) for text, row in zip(sampler.texts(found), part, strict=True))
-        visual = found.visual_token_ratio.nan_to_num(1.0)
-        totals += torch.tensor([right, float(found.token_ratio.sum()), float(visual.sum()), len(part)])
+    own = answered(sampler, share_of(rows, accelerator.process_index, accelerator.num_processes), score)
+    totals = torch.cat([own.sum(0), torch.tensor([len(own)], dtype=torch.float64)])
     totals = accelerator.gather(totals[None].to(accelerator.device)).sum(0).cpu()
     return {name: float(value / totals[3]) for name, value in zip(VALIDATED, totals[:3], strict=True)}

@@ -1,0 +1,88 @@
+"""The experiments: each is the training of params.yaml with one thing changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sparsity_forcing.params import Params, SparsityParams, TrainParams
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One experiment.
+
+    ``train``, ``sparsity``: keys of params.yaml that differ from it, sections inside as dicts. ``rows``: ``hard``
+    trains on the questions that the base answers wrong with dense attention. ``seed``: added to that of params.yaml.
+    """
+
+    name: str
+    question: str
+    train: dict = field(default_factory=dict)
+    sparsity: dict = field(default_factory=dict)
+    rows: Literal["all", "hard"] = "all"
+    seed: int = 0
+
+    def params(self, base: Params) -> Params:
+        """``base`` with what the arm changes.
+
+        Raises:
+            pydantic.ValidationError: an arm that the parameters do not allow.
+        """
+        train = TrainParams.model_validate(_merged(base.train.model_dump(), self.train))
+        sparsity = SparsityParams.model_validate(_merged(base.sparsity.model_dump(), self.sparsity))
+        return base.model_copy(update={"train": train, "sparsity": sparsity, "seed": base.seed + self.seed})
+
+
+def _merged(values: dict, changes: dict) -> dict:
+    merged = dict(values)
+    for name, change in changes.items():
+        merged[name] = _merged(values[name], change) if isinstance(change, dict) and values[name] else change
+    return merged
+
+
+def _spread(lowest: float, highest: float, count: int) -> list[float]:
+    return [round(lowest + (highest - lowest) * place / (count - 1), 4) for place in range(count)]
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("default", "what the parameters of params.yaml give"),
+        Arm("default_seed_1", "the same with another seed", seed=1),
+        Arm("default_seed_2", "the same with another seed", seed=2),
+        Arm(
+            "literal",
+            "the paper's objective as written: token log-probabilities alone, plain group advantages",
+            {"selection_policy": {"sigma": 0.0}, "center_by_budget": False},
+        ),
+        Arm("no_efficiency", "is it the efficiency reward, or sampling alone?", {"reward": {"weight_efficiency": 0.0}}),
+        Arm("shuffled", "is it whose cost is paid for, or that something is paid?", {"reward": {"shuffle": True}}),
+        Arm("raw_advantages", "without centring by budget", {"center_by_budget": False}),
+        Arm("one_budget", "one budget instead of eight", {"budgets": [0.975]}),
+        Arm("hard", "questions the base gets wrong, C on", rows="hard"),
+        Arm("hard_no_gate", "the same questions, C off", {"reward": {"gate": "always"}}, rows="hard"),
+        Arm("scale_batch", "advantages scaled by the batch's deviation", {"scale_rewards": "batch"}),
+        Arm("scale_none", "advantages not scaled", {"scale_rewards": "none"}),
+        Arm("sigma_0.25", "less noise in the selection", {"selection_policy": {"sigma": 0.25}}),
+        Arm("sigma_1", "more noise in the selection", {"selection_policy": {"sigma": 1.0}}),
+        Arm("weight_0.0025", "half the weight of the selection term", {"selection_policy": {"weight": 0.0025}}),
+        Arm("weight_0.01", "twice the weight of the selection term", {"selection_policy": {"weight": 0.01}}),
+        Arm(
+            "group_2",
+            "groups of 2, as many rollouts",
+            {"num_generations": 2, "prompts_per_step": 32, "budgets": [0.94, 0.975]},
+        ),
+        Arm(
+            "group_4",
+            "groups of 4, as many rollouts",
+            {"num_generations": 4, "prompts_per_step": 16, "budgets": [0.94, 0.95, 0.965, 0.975]},
+        ),
+        Arm("budgets_wide", "budgets from 0.6 on", {"budgets": _spread(0.6, 0.975, 8)}),
+        Arm("budgets_narrow", "budgets from 0.968 on", {"budgets": _spread(0.968, 0.975, 8)}),
+        Arm("cache_bytes", "paid for cache bytes instead of the token ratio", {"reward": {"cost": "cache_bytes"}}),
+        Arm("latency", "paid for modelled decode latency", {"reward": {"cost": "latency"}}),
+        Arm("prefill_sparse", "sparse prefill in training and deployment", sparsity={"prefill": "sparse"}),
+        Arm("prefill_dense", "dense prefill in training and deployment", sparsity={"prefill": "dense"}),
+    )
+}

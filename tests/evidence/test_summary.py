@@ -1,0 +1,87 @@
+"""What is said of the experiments is what they found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from scipy.stats import ttest_1samp
+
+from sparsity_forcing.evidence.arms import ARMS
+from sparsity_forcing.evidence.summary import arms_table, gradient_table, paired, quoted, seeds_text, student_interval
+
+
+def result(name: str, ratio: float, scores: str, **more) -> dict:
+    at = lambda value, found: {  # noqa: E731
+        "accuracy": found.count("1") / len(found),
+        "token_ratio": value,
+        "visual_token_ratio": value,
+        "questions": len(found),
+        "scores": found,
+    }
+    dense = "1111111110"
+    return {
+        "name": name,
+        "policy_step": 30,
+        "within_guard": True,
+        "test": {"0.975": at(ratio, scores), "1.0": at(1.0, dense)},
+        **more,
+    }
+
+
+RESULTS = {
+    "base": result("base", 0.96, "1111111110"),
+    "default": result("default", 0.31, "1111111100"),
+    "literal": result("literal", 0.95, "0111111111", within_guard=False),
+}
+
+
+def test_the_quoted_figures_are_those_of_the_results():
+    assert quoted(RESULTS, "0.975") == {
+        "literal_tau_start": 0.96,
+        "literal_tau_end": 0.95,
+        "tau_start": 0.96,
+        "tau_end": 0.31,
+        "accuracy_dense": 0.9,
+        "accuracy_end": 0.8,
+    }
+    assert quoted({"base": RESULTS["base"]}, "0.975")["tau_end"] is None
+
+
+def test_the_table_has_every_experiment_and_says_what_has_not_run():
+    lines = arms_table(RESULTS, "0.975").splitlines()
+    of = {name: next(line for line in lines if line.startswith(f"| `{name}`")) for name in ARMS}
+    assert "31.0% | 80.0% | −10.0 (" in of["default"]
+    assert "95.0% | 90.0% | ±0.0 (" in of["literal"]
+    assert "30 (the last: none was within the guard)" in of["literal"]
+    assert "not measured" in of["shuffled"]
+    assert all(line.count("|") == 6 for line in lines if line.startswith("|"))
+
+
+def test_differences_are_paired():
+    found = paired("1110", "0111")
+    assert (found.difference, found.n) == (0, 4)
+    assert found.low == pytest.approx(-found.high)
+    assert paired("1111", "0001").difference == 0.75
+
+
+def test_the_interval_over_seeds_is_students():
+    values = [0.31, 0.35, 0.29]
+    centre, low, high = student_interval(values)
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    assert centre == pytest.approx(sum(values) / 3)
+
+
+def test_seeds_are_only_spoken_of_when_all_have_run():
+    assert seeds_text(RESULTS, "0.975") == "Seeds: not measured."
+    seeds = {name: result(name, 0.3, "1111111100") for name in ("default_seed_1", "default_seed_2")}
+    assert "visual tokens kept 30.3%" in seeds_text(RESULTS | seeds, "0.975")
+
+
+def test_the_gradient_table_names_every_part():
+    parts = ("correct_tokens", "efficiency_tokens", "efficiency_selection")
+    found = {name: {"signal": 1e-3, "error": 1e-4, "noise": 2.0, "z": 10.0, "draws": 40} for name in parts}
+    table = gradient_table(json.loads(json.dumps(found)))
+    assert table.startswith("40 draws")
+    assert table.count("| 1.00e-03 | 1.0e-04 | 10.0 | 2.00e+00 |") == 3
