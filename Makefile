@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help pipeline test lint format smoke ui bench-cpu bench-gpu evidence readme clean
+.PHONY: help pipeline test lint format smoke ui bench-cpu bench-gpu bench-trl evidence readme clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -50,6 +50,9 @@ bench-cpu: $(INSTALLED)  ## Measure the operations and the decode loop on the CP
 
 bench-gpu: $(INSTALLED)  ## The same on a GPU, with random-weight 7B and 3B models, into metrics/bench_gpu.json
 	@python -m sparsity_forcing.bench gpu
+
+bench-trl: $(INSTALLED)  ## The trainer beside TRL's on the CPU, into metrics/bench_trl.json
+	@python -m sparsity_forcing.bench trl
 
 evidence: $(INSTALLED)  ## Train the controls and ablations beside the pipeline's base, into docs/evidence.md (hours)
 	@python -m sparsity_forcing.evidence

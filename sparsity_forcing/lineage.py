@@ -15,7 +15,8 @@ from pathlib import Path
 
 import yaml
 
-OUTPUT_PATHS = ("dvc.lock", "metrics", "plots", "reports")  # what the pipeline itself writes into git
+# What the commands of this project write into git themselves.
+OUTPUT_PATHS = ("dvc.lock", "metrics", "plots", "reports", "docs/evidence.md")
 PACKAGES = (
     *("sparsity-forcing", "torch", "transformers", "accelerate", "numpy", "pandas", "pyarrow", "scikit-learn"),
     *("lmms_eval", "mlflow", "prefect", "dvc", "triton"),

@@ -1,4 +1,4 @@
-"""`python -m sparsity_forcing.bench cpu|gpu`: measures, checks, writes metrics/bench_*.json.
+"""`python -m sparsity_forcing.bench cpu|gpu|trl`: measures, checks, writes metrics/bench_*.json.
 
 The file holds every raw sample with its setting and a manifest (commit, machine, versions, threads). The last line
 printed is one JSON object with the figures that are quoted.
@@ -6,6 +6,7 @@ printed is one JSON object with the figures that are quoted.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from rich.console import Console
 from sparsity_forcing.bench.compare import BenchError, Case
 from sparsity_forcing.bench.operations import decode_case, mass_case
 from sparsity_forcing.bench.rollouts import group_case, loop_case
+from sparsity_forcing.bench.training import one_case, training_case
 from sparsity_forcing.files import write_json_atomic
 from sparsity_forcing.lineage import git_state, hardware, versions
 
@@ -59,6 +61,22 @@ def gpu(output: Output = Path("metrics/bench_gpu.json"), repetitions: Repetition
 
     found = _run(gpu_cases(repetitions))
     _write(output, found, gpu_summary(found))
+
+
+@app.command()
+def trl(output: Output = Path("metrics/bench_trl.json"), rounds: Repetitions = 3) -> None:
+    """The trainer beside TRL's GRPOTrainer on the CPU, and a group of 8 rollouts beside one."""
+    if importlib.util.find_spec("trl") is None:
+        typer.echo("bench: TRL is not installed; `pip install -e '.[dev]'` has it", err=True)
+        raise typer.Exit(2)
+    found = _run({"training": lambda: training_case(rounds), "one": lambda: one_case(5)})
+    peak = found["training"].notes["peak_memory_bytes"]
+    summary = {
+        "completions_per_second_ratio": found["training"].speedup,
+        "peak_memory_ratio": peak["ours"] / peak["trl"],
+        "group_of_8_over_one": found["one"].speedup,
+    }
+    _write(output, found, summary)
 
 
 def _run(cases: dict[str, Callable[[], Case]]) -> dict[str, Case]:

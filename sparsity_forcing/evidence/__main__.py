@@ -1,14 +1,17 @@
-"""`python -m sparsity_forcing.evidence [EXPERIMENT …]`: trains what has not run yet, then writes docs/evidence.md.
+"""`python -m sparsity_forcing.evidence [EXPERIMENT …]`: runs what has not run yet, then writes docs/evidence.md.
 
-Needs the pipeline's base and data (`make pipeline`). Every experiment is a process of its own; what was interrupted
-goes on from its last checkpoint. The last line printed is one JSON object with the figures that are quoted.
+Needs the pipeline's base and data (`make pipeline`). Every experiment is a process of its own; a training that was
+interrupted goes on from its last checkpoint. The last line printed is one JSON object with the figures that are quoted.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -18,44 +21,79 @@ import typer
 from sparsity_forcing.__main__ import explains_itself, set_environment
 from sparsity_forcing.evidence import gradient
 from sparsity_forcing.evidence.arms import ARMS
-from sparsity_forcing.evidence.experiment import run_arm, run_base
+from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base
 from sparsity_forcing.evidence.summary import write_summary
 from sparsity_forcing.params import load_params
+from sparsity_forcing.stages.inputs import require_inputs
 
-OTHERS = {"base": run_base, "gradient": gradient.measure}
+ROOT = Path(".")
+UNTRAINED = {"base": run_base, "gradient": gradient.measure}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def main(
     experiments: Annotated[list[str] | None, typer.Argument(help="Names; all where none is given.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Experiments at a time; one CPU thread each.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Experiments at a time, one CPU thread each.")] = 2,
     only_summary: Annotated[bool, typer.Option(help="Run nothing; write the page from what has run.")] = False,
 ) -> None:
     """Runs experiments and writes their summary."""
-    root = Path(".")
-    known = [*OTHERS, *ARMS]
-    names = experiments or known
-    if unknown := sorted(set(names) - set(known)):
+    signal.signal(signal.SIGTERM, _stop)
+    known = [*UNTRAINED, *ARMS]
+    if unknown := sorted(set(experiments or ()) - set(known)):
         typer.echo(f"evidence: there is no experiment {', '.join(unknown)}; one of {', '.join(known)}", err=True)
         raise typer.Exit(2)
-    params = load_params(root / "params.yaml")
-    if not only_summary:
-        set_environment(params, root)  # before the processes: one thread each
-        with ThreadPoolExecutor(jobs) as pool:
-            ended = list(pool.map(_in_a_process, names))
-        if failed := [name for name, code in zip(names, ended, strict=True) if code]:
-            typer.echo(f"evidence: {', '.join(failed)} did not finish; start again to go on", err=True)
-            raise typer.Exit(1)
-    print(json.dumps(write_summary(params, root)))
+    names = list(dict.fromkeys(["base", *(experiments or known)]))
+    try:
+        params = load_params(ROOT / "params.yaml")
+        require_inputs(ROOT, INPUTS)
+        for name in names:
+            if name in ARMS:
+                ARMS[name].params(params)
+        set_environment(params, ROOT)  # before the processes: one thread each
+        write_summary(params, ROOT)  # what is wrong with the page is found before the hours
+        failed = [] if only_summary else run_all(names, jobs)
+        summary = write_summary(params, ROOT)
+    except Exception as error:
+        if not explains_itself(error):
+            raise
+        typer.echo(f"evidence: {error}", err=True)
+        raise typer.Exit(2) from None
+    print(json.dumps(summary))
+    if failed:
+        typer.echo(f"evidence: did not finish, see above: {', '.join(failed)}; what ran is kept", err=True)
+        raise typer.Exit(1)
+
+
+def run_all(names: Sequence[str], jobs: int) -> list[str]:
+    """Runs experiments, ``jobs`` at a time, each in a process; the names of those that failed. Stopped, stops all."""
+    running: list[subprocess.Popen] = []
+    stopped = threading.Event()
+
+    def one(name: str) -> int:
+        if stopped.is_set():
+            return 1
+        process = _start(name)
+        running.append(process)
+        return process.wait()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            codes = list(pool.map(one, names))
+        except BaseException:
+            stopped.set()
+            for process in running:
+                process.terminate()
+            raise
+    return [name for name, code in zip(names, codes, strict=True) if code]
 
 
 def run_one(name: str) -> int:
     """One experiment in this process; its exit code."""
-    root = Path(".")
+    signal.signal(signal.SIGTERM, _stop)
     try:
-        params = load_params(root / "params.yaml")
-        OTHERS[name](params, root) if name in OTHERS else run_arm(ARMS[name], params, root)
+        params = load_params(ROOT / "params.yaml")
+        UNTRAINED[name](params, ROOT) if name in UNTRAINED else run_arm(ARMS[name], params, ROOT)
     except Exception as error:
         if not explains_itself(error):
             raise
@@ -64,9 +102,14 @@ def run_one(name: str) -> int:
     return 0
 
 
-def _in_a_process(name: str) -> int:
+def _start(name: str) -> subprocess.Popen:
     code = f"import sys; from sparsity_forcing.evidence.__main__ import run_one; sys.exit(run_one({name!r}))"
-    return subprocess.run([sys.executable, "-c", code], check=False).returncode
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+def _stop(signal_number: int, frame: object) -> None:
+    """Asked to stop: leave through every `finally`, so that the processes stop too and MLflow runs end as killed."""
+    sys.exit(128 + signal_number)
 
 
 if __name__ == "__main__":

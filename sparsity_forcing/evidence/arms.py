@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sparsity_forcing.params import Params, SparsityParams, TrainParams
+from pydantic import ValidationError
+
+from sparsity_forcing.params import Params, ParamsError, SparsityParams, TrainParams
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,13 @@ class Arm:
         """``base`` with what the arm changes.
 
         Raises:
-            pydantic.ValidationError: an arm that the parameters do not allow.
+            ParamsError: ``base`` does not allow what the arm changes.
         """
-        train = TrainParams.model_validate(_merged(base.train.model_dump(), self.train))
-        sparsity = SparsityParams.model_validate(_merged(base.sparsity.model_dump(), self.sparsity))
+        try:
+            train = TrainParams.model_validate(_merged(base.train.model_dump(), self.train))
+            sparsity = SparsityParams.model_validate(_merged(base.sparsity.model_dump(), self.sparsity))
+        except ValidationError as error:
+            raise ParamsError(f"experiment {self.name!r} does not go with these parameters: {error}") from None
         return base.model_copy(update={"train": train, "sparsity": sparsity, "seed": base.seed + self.seed})
 
 
@@ -57,10 +62,10 @@ ARMS = {
             {"selection_policy": {"sigma": 0.0}, "center_by_budget": False},
         ),
         Arm("no_efficiency", "is it the efficiency reward, or sampling alone?", {"reward": {"weight_efficiency": 0.0}}),
-        Arm("shuffled", "is it whose cost is paid for, or that something is paid?", {"reward": {"shuffle": True}}),
+        Arm("shuffled", "every rollout is paid for a cost drawn from the whole step", {"reward": {"shuffle": True}}),
         Arm("raw_advantages", "without centring by budget", {"center_by_budget": False}),
         Arm("one_budget", "one budget instead of eight", {"budgets": [0.975]}),
-        Arm("hard", "questions the base gets wrong, C on", rows="hard"),
+        Arm("hard", "trained on questions the base gets wrong, C on", rows="hard"),
         Arm("hard_no_gate", "the same questions, C off", {"reward": {"gate": "always"}}, rows="hard"),
         Arm("scale_batch", "advantages scaled by the batch's deviation", {"scale_rewards": "batch"}),
         Arm("scale_none", "advantages not scaled", {"scale_rewards": "none"}),
@@ -81,7 +86,7 @@ ARMS = {
         Arm("budgets_wide", "budgets from 0.6 on", {"budgets": _spread(0.6, 0.975, 8)}),
         Arm("budgets_narrow", "budgets from 0.968 on", {"budgets": _spread(0.968, 0.975, 8)}),
         Arm("cache_bytes", "paid for cache bytes instead of the token ratio", {"reward": {"cost": "cache_bytes"}}),
-        Arm("latency", "paid for modelled decode latency", {"reward": {"cost": "latency"}}),
+        Arm("latency", "paid for modelled decode latency instead", {"reward": {"cost": "latency"}}),
         Arm("prefill_sparse", "sparse prefill in training and deployment", sparsity={"prefill": "sparse"}),
         Arm("prefill_dense", "dense prefill in training and deployment", sparsity={"prefill": "dense"}),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from sparsity_forcing.attention.api import decoder_attention
@@ -10,7 +11,7 @@ from sparsity_forcing.checkpoints import Checkpoints, fingerprint
 from sparsity_forcing.data.schema import Row, read_rows
 from sparsity_forcing.evidence.arms import Arm
 from sparsity_forcing.files import write_json_atomic
-from sparsity_forcing.lineage import file_digest, git_state, hardware
+from sparsity_forcing.lineage import code_digest, file_digest, git_state, hardware
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
@@ -26,28 +27,31 @@ from sparsity_forcing.tracking import Run, Tracker
 RESULTS = Path("metrics/evidence")
 CHECKPOINTS = Path("checkpoints/evidence")
 DENSE = 1.0
+INPUTS = {BASE: "base", TRAIN: "prepare", VALIDATION: "prepare", TEST: "prepare"}
 
 
 def run_arm(arm: Arm, params: Params, root: Path) -> dict:
-    """Writes metrics/evidence/NAME.json, unless one of the same code, data and parameters is there; returns it.
+    """Writes metrics/evidence/NAME.json, unless a current one is there (see `current`); returns it.
 
     Raises:
         InputError: the pipeline has not made the base and the data yet.
-        TrainingError, ModelError: the base does not allow the training.
+        ParamsError, TrainingError, ModelError: the parameters or the base do not allow the training.
     """
-    require_inputs(root, {BASE: "base", TRAIN: "prepare", VALIDATION: "prepare", TEST: "prepare"})
+    require_inputs(root, INPUTS)
     own = arm.params(params)
-    made_by = fingerprint([identity(own, root, 1), arm.rows, file_digest(root / TEST, "sha256")])
-    path = root / RESULTS / f"{arm.name}.json"
-    if (done := _read(path)) is not None and done["made_by"] == made_by:
+    made_by = made_by_arm(arm, params, root)
+    checkpoints = Checkpoints(root / CHECKPOINTS / arm.name, made_by, own.train.keep_checkpoints)
+    if (done := current(arm.name, made_by, root)) is not None:
+        checkpoints.clear()
         return done
     model, processor = load(root / BASE, own.model.dtype, own.model.device)
-    checkpoints = Checkpoints(root / CHECKPOINTS / arm.name, made_by)
     rows, validation = read_rows(root / TRAIN), read_rows(root / VALIDATION)
     if arm.rows == "hard":
         rows = wrongly_answered(model, processor, rows, own)
     tags = {"arm": arm.name, "question": arm.question}
     with Tracker(own.tracking, root).run("evidence", arm.name, {"arm": arm.name, "seed": own.seed}, tags) as record:
+        for split in (TRAIN, VALIDATION, TEST):
+            record.dataset(root / split, name=f"{own.data.source}-{split.stem}", split=split.stem)
         with Progress(arm.name, own.train.steps) as progress:
             report = _report(record, progress)
             trainer = Trainer(
@@ -55,49 +59,70 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
             )
             history = trainer.train()
         found = {
-            "name": arm.name,
+            **_head(arm.name, made_by, root),
             "question": arm.question,
-            "made_by": made_by,
-            "commit": git_state(root).commit,
-            "hardware": hardware(),
             "seed": own.seed,
             "changed": {"train": arm.train, "sparsity": arm.sparsity, "rows": arm.rows},
             "training_rows": len(rows),
+            "prompts": len(history) * own.train.prompts_per_step,
             "rollouts": int(sum(row["rollouts"] for row in history)),
             "seconds": round(trainer.seconds, 1),
             "policy_step": trainer.best["step"] if trainer.best else len(history),
             "within_guard": trainer.best is not None,
-            "replay_max_difference": max(row["replay_max_difference"] for row in history),
+            "replay_max_difference": max(row.get("replay_max_difference", 0.0) for row in history),
             "skipped_steps": int(history[-1]["skipped_steps"]),
             "curve": curve(history),
             "test": judged(model, processor, own, root),
         }
         record.metrics({f"eval/{name}": found["test"][str(own.sparsity.p)][name] for name in VALIDATED})
-        write_json_atomic(path, found)
-        record.artifact(path)
+        write_json_atomic(root / RESULTS / f"{arm.name}.json", found)
+        record.artifact(root / RESULTS / f"{arm.name}.json")
     checkpoints.clear()
     return found
 
 
 def run_base(params: Params, root: Path) -> dict:
     """As `run_arm` for the base, which needs no training: metrics/evidence/base.json."""
-    require_inputs(root, {BASE: "base", TEST: "prepare"})
-    files = [path for path in (root / BASE).rglob("*") if path.is_file()]
-    made_by = fingerprint([params.sparsity.model_dump(), params.train.reward.correct], (*files, root / TEST))
-    path = root / RESULTS / "base.json"
-    if (done := _read(path)) is not None and done["made_by"] == made_by:
+    require_inputs(root, INPUTS)
+    made_by = made_by_base(params, root)
+    if (done := current("base", made_by, root)) is not None:
         return done
     model, processor = load(root / BASE, params.model.dtype, params.model.device)
-    found = {"name": "base", "made_by": made_by, "test": judged(model, processor, params, root)}
-    write_json_atomic(path, found)
+    found = {**_head("base", made_by, root), "test": judged(model, processor, params, root)}
+    write_json_atomic(root / RESULTS / "base.json", found)
     return found
+
+
+def made_by_arm(arm: Arm, params: Params, root: Path) -> str:
+    """Names all that decides an arm's result: code, versions, parameters, base and data."""
+    return fingerprint([made_by_base(arm.params(params), root), arm.rows])
+
+
+def made_by_base(params: Params, root: Path) -> str:
+    """The same for what is not trained."""
+    judging = [params.evaluate.budgets, params.model.device, code_digest(["evidence/experiment.py"])]
+    return fingerprint([identity(params, root, 1), judging, file_digest(root / TEST, "sha256")])
+
+
+def current(name: str, made_by: str, root: Path) -> dict | None:
+    """The result of this name, if there is one and nothing that decides it has changed since."""
+    path = root / RESULTS / f"{name}.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if found["made_by"] == made_by else None
+
+
+def _head(name: str, made_by: str, root: Path) -> dict:
+    git = git_state(root)
+    return {"name": name, "made_by": made_by, "commit": git.commit, "dirty": git.dirty, "hardware": hardware()}
 
 
 def judged(model, processor, params: Params, root: Path) -> dict[str, dict]:
     """Results on the test split by budget: the deployed one, the evaluated ones and dense attention.
 
-    ``scores`` holds a character per question, "1" where it is right, so that two models are compared question by
-    question.
+    ``scores`` holds a character per question, "1" where the score is above one half, so that two models are compared
+    question by question.
     """
     rows, score = read_rows(root / TEST), score_function(params.train.reward.correct)
     budgets = sorted({params.sparsity.p, *params.evaluate.budgets, DENSE})
@@ -139,10 +164,7 @@ def _report(record: Run, progress: Progress):
         step = int(metrics["step"])
         names = {f"train/{name.replace('/', '_')}": value for name, value in metrics.items() if name != "step"}
         record.metrics(names, step=step)
-        progress.advance(step, accuracy=metrics["accuracy"], visual_token_ratio=metrics["visual_token_ratio"])
+        ratio = metrics.get("visual_token_ratio", math.nan)  # a step may ask without images
+        progress.advance(step, accuracy=metrics["accuracy"], visual_token_ratio=ratio)
 
     return report
-
-
-def _read(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

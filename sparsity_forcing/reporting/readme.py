@@ -53,15 +53,14 @@ def results(table: BenchmarkTable, report: dict, train: dict) -> str:
     return "\n".join(lines)
 
 
-def speed(cpu: dict | None, gpu: dict | None) -> str:
-    """The speed table as Markdown: every case of the CPU set and of the GPU set with its setting and its baseline, and
-    a line for each further arm that it was measured against."""
+def speed(cpu: dict | None, gpu: dict | None, trl: dict | None = None) -> str:
+    """The speed table as Markdown: every case of the CPU set, of the GPU set and of the comparison with TRL, with its
+    setting and its baseline, and a line for each further arm that it was measured against."""
     lines = ["| what | setting | against | speed-up (range) |", "|---|---|---|---|"]
-    for bench, name in ((cpu, "CPU"), (gpu, "GPU")):
+    sets = ((cpu, "cpu", "everything on a CPU"), (gpu, "gpu", "everything on a GPU"), (trl, "trl", "a training step"))
+    for bench, name, what in sets:
         if bench is None:
-            lines.append(
-                f"| everything on a {name} | – | – | {NOT_MEASURED}; `make bench-{name.lower()}` measures it |"
-            )
+            lines.append(f"| {what} | – | – | {NOT_MEASURED}; `make bench-{name}` measures it |")
             continue
         for case in bench["cases"].values():
             against = {case["baseline"]: {"median": case["speedup"], "range": case["speedup_range"]}}
@@ -70,8 +69,8 @@ def speed(cpu: dict | None, gpu: dict | None) -> str:
                 low, high = ratio["range"]
                 what = f"{case['name']} | {_setting(case['setting'])}" if arm == case["baseline"] else "〃 | 〃"
                 lines.append(f"| {what} | {arm} | {ratio['median']:.2f} × ({low:.2f}–{high:.2f}) |")
-    benches = [bench["manifest"] for bench in (cpu, gpu) if bench is not None]
-    lines += ["", *(f"Measured on {m['hardware']}, torch {m['versions']['torch']}." for m in benches)]
+    made_on = [bench["manifest"] for bench in (cpu, gpu, trl) if bench is not None]
+    lines += ["", *dict.fromkeys(f"Measured on {m['hardware']}, torch {m['versions']['torch']}." for m in made_on)]
     return "\n".join(lines)
 
 
@@ -91,17 +90,17 @@ def _setting(setting: dict) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {setting[key]}" for key in shown if key in setting)
 
 
-def with_block(readme: str, name: str, block: str) -> str:
-    """``readme`` with ``block`` between the markers ``<!-- name -->`` and ``<!-- /name -->``.
+def with_block(page: str, name: str, block: str, file: str = "README.md") -> str:
+    """``page`` with ``block`` between the markers ``<!-- name -->`` and ``<!-- /name -->``; ``file``: its name.
 
     Raises:
         ReadmeError: a marker is missing.
     """
     first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, begin, rest = readme.partition(first)
+    before, begin, rest = page.partition(first)
     _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ReadmeError(f"README.md needs the lines {first} and {last} where the figures go")
+        raise ReadmeError(f"{file} needs the lines {first} and {last} where the figures go")
     return f"{before}{first}\n{block}\n{last}{after}"
 
 
@@ -110,7 +109,8 @@ def main(root: Path = Path(".")) -> None:
     path = root / "README.md"
     block = results(load_table(root / "metrics/evaluate.json"), read("report"), read("train"))
     readme = with_block(path.read_text(encoding="utf-8"), "results", block)
-    benches = [read(name) if (root / f"metrics/{name}.json").exists() else None for name in ("bench_cpu", "bench_gpu")]
+    names = ("bench_cpu", "bench_gpu", "bench_trl")
+    benches = [read(name) if (root / f"metrics/{name}.json").exists() else None for name in names]
     write_text_atomic(path, with_block(readme, "speed", speed(*benches)))
 
 

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from tiny_families import build_family
+from typer.testing import CliRunner
 
 from sparsity_forcing.data.digits_source import digits_row
-from sparsity_forcing.data.schema import write_rows
+from sparsity_forcing.data.schema import read_rows, write_rows
 from sparsity_forcing.evidence import __main__ as command
-from sparsity_forcing.evidence import gradient
+from sparsity_forcing.evidence import experiment, gradient
 from sparsity_forcing.evidence.arms import ARMS, Arm
 from sparsity_forcing.evidence.experiment import run_arm, run_base
-from sparsity_forcing.evidence.summary import write_summary
-from sparsity_forcing.params import DigitsParams, load_params
+from sparsity_forcing.evidence.summary import GRADIENTS, read_results, write_summary
+from sparsity_forcing.models.load import load
+from sparsity_forcing.params import DigitsParams, ParamsError, load_params
+from sparsity_forcing.rl.facts import Facts, credit
 from sparsity_forcing.stages.inputs import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -72,30 +82,115 @@ def test_what_has_run_does_not_run_again_unless_something_changed(prepared, monk
         run_arm(ARMS["default"], faster, prepared)
 
 
-def test_hard_questions_are_those_the_base_gets_wrong(prepared):
+def test_a_result_is_current_until_something_that_decides_it_changes(prepared):
     params = load_params(prepared / "params.yaml")
-    found = run_arm(Arm("hard", "", rows="hard"), params, prepared)
-    assert 0 < found["training_rows"] <= 20  # this base has learned nothing
+    run_base(params, prepared)
+    assert read_results(params, prepared).keys() == {"base"}
+    deeper = params.sparsity.model_copy(update={"scoring_rows": "all"})
+    assert read_results(params.model_copy(update={"sparsity": deeper}), prepared) == {}
+    write_rows(
+        [digits_row(DigitsParams(grids=(4,)), 1, "test", place) for place in range(6)],
+        prepared / "data/prepared/test.parquet",
+    )
+    assert read_results(params, prepared) == {}
+
+
+def test_hard_questions_are_those_the_base_gets_wrong(prepared, monkeypatch):
+    """By a score that half of the answers earn."""
+    params = load_params(prepared / "params.yaml")
+    rows = read_rows(prepared / "data/prepared/train.parquet")
+    asked = iter(range(10**6))
+    monkeypatch.setattr(experiment, "score_function", lambda name: lambda said, answer: float(next(asked) % 2))
+    model, processor = load(prepared / "models/base", "float32", "cpu")
+    found = experiment.wrongly_answered(model, processor, rows, params)
+    assert [row.id for row in found] == [row.id for row in rows[::2]]
+    seen = {}
+    monkeypatch.setattr(experiment, "Trainer", lambda model, processor, rows, *rest: seen.update(rows=rows) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_arm(Arm("hard", "", rows="hard"), params, prepared)
+    assert [row.id for row in seen["rows"]] == [row.id for row in rows[::2]]
 
 
 def test_gradients_of_a_small_base(prepared, monkeypatch):
     monkeypatch.setattr(gradient, "PROMPTS", 2)
-    always = Arm("always", "", {"reward": {"gate": "always"}})  # this base is never right
-    found = gradient.measure(always.params(load_params(prepared / "params.yaml")), prepared, draws=3)
-    assert set(found) == {"correct_tokens", "efficiency_tokens", "efficiency_selection"}
-    assert found["efficiency_tokens"]["noise"] > 0
-    assert found["efficiency_selection"]["noise"] > 0
-    assert found["correct_tokens"]["noise"] == 0
+    monkeypatch.setattr(gradient, "score_function", lambda name: lambda said, answer: float(len(said) % 2))
+    params = load_params(prepared / "params.yaml")
+    found = gradient.measure(params, prepared, draws=3)
+    assert found["parts"].keys() == GRADIENTS.keys()
+    assert all(part["noise"] > 0 for part in found["parts"].values())
     assert json.loads((prepared / gradient.RESULT).read_text()) == found
+    monkeypatch.setattr(gradient, "load", None)
+    assert gradient.measure(params, prepared, draws=3) == found  # nothing to do
+    with pytest.raises(ParamsError, match=r"needs train\.selection_policy\.sigma above 0"):
+        gradient.measure(ARMS["literal"].params(params), prepared)
 
 
-def test_without_the_pipelines_outputs_it_says_so(workspace, capsys, monkeypatch):
+def test_the_parts_of_an_advantage_add_up_to_it():
+    """What is taken apart is what the trainer uses."""
+    params = load_params(ROOT / "params.yaml")
+    ratios = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
+    scores = (torch.rand(16, generator=torch.Generator().manual_seed(1)) > 0.4).float()
+    p = torch.tensor(params.train.budgets).repeat(2)
+    rollouts = SimpleNamespace(token_ratio=ratios.mean(0), layer_ratio=ratios, p=p)
+    ones = torch.ones(16)
+    facts = Facts(scores, p, ratios.mean(0), ratios.mean(0), ones, ones, ones, ratios, ratios, torch.tensor(0.0))
+    parts = gradient._advantages(scores, rollouts, params.train)
+    found = parts["correct_selection"][1] + parts["efficiency_selection"][1]
+    torch.testing.assert_close(found, credit(facts, params.train).selection_advantages, atol=1e-5, rtol=1e-5)
+    literal = ARMS["literal"].params(params).train
+    parts = gradient._advantages(scores, rollouts, literal)
+    found = parts["correct_tokens"][0] + parts["efficiency_tokens"][0]
+    torch.testing.assert_close(found, credit(facts, literal).advantages.flatten(), atol=1e-5, rtol=1e-5)
+
+
+def test_without_the_pipelines_outputs_it_says_so(workspace, monkeypatch):
     shutil.copy(ROOT / "params.yaml", workspace / "params.yaml")
     with pytest.raises(InputError, match="models/base"):
         run_arm(ARMS["default"], load_params(workspace / "params.yaml"), workspace)
     monkeypatch.chdir(workspace)
-    assert command.run_one("default") == 1
-    assert "evidence, default: " in capsys.readouterr().err
+    done = CliRunner().invoke(command.app, [])
+    assert done.exit_code == 2
+    assert "evidence: " in done.stderr
+    assert "models/base" in done.stderr
+
+
+def test_what_ran_is_told_and_what_failed_is_named(prepared, monkeypatch):
+    monkeypatch.chdir(prepared)
+    real, ran = command._start, []
+
+    def start(name: str) -> subprocess.Popen:
+        ran.append(name)
+        return real(name) if name != "hard" else subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
+
+    monkeypatch.setattr(command, "_start", start)
+    done = CliRunner().invoke(command.app, ["literal", "hard", "literal", "--jobs", "1"])
+    assert ran == ["base", "literal", "hard"]  # nothing twice
+    assert done.exit_code == 1
+    assert "did not finish, see above: hard; what ran is kept" in done.stderr
+    quoted = json.loads(done.stdout.splitlines()[-1])
+    assert quoted["literal_tau_end"] is not None
+    assert quoted["tau_end"] is None
+    done = CliRunner().invoke(command.app, ["literal", "nonsense"])
+    assert done.exit_code == 2
+    assert "there is no experiment nonsense" in done.stderr
+
+
+def test_asked_to_stop_it_stops_the_processes(monkeypatch):
+    processes = []
+
+    def endless(name: str) -> subprocess.Popen:
+        processes.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return processes[-1]
+
+    monkeypatch.setattr(command, "_start", endless)
+    before = signal.signal(signal.SIGTERM, command._stop)
+    try:
+        with pytest.raises(SystemExit):
+            command.run_all(["base", "literal"], 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [process.wait(20) for process in processes] == [-signal.SIGTERM]
 
 
 def test_every_arm_changes_one_thing_and_keeps_the_number_of_rollouts():

@@ -32,8 +32,13 @@ def test_without_a_mean_there_is_no_signal():
 
 def test_the_same_draw_every_time_is_signal_alone():
     found = signal_of(torch.full((4, 9), 2.0))
-    assert (found.signal, found.noise) == (36.0, 0.0)
-    assert found.z == pytest.approx(6**0.5)
+    assert (found.signal, found.noise, found.error, found.z) == (36.0, 0.0, 0.0, None)
+
+
+def test_the_error_is_that_of_no_signal_whatever_the_signal():
+    without, with_mean = (signal_of(draws(mean, 40, seed=1)) for mean in (0.0, 5.0))
+    assert with_mean.error == pytest.approx(without.error)
+    assert with_mean.z > 100
 
 
 def test_one_draw_tells_nothing():

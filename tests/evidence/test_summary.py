@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from scipy.stats import ttest_1samp
 
 from sparsity_forcing.evidence.arms import ARMS
-from sparsity_forcing.evidence.summary import arms_table, gradient_table, paired, quoted, seeds_text, student_interval
+from sparsity_forcing.evidence.summary import (
+    GRADIENTS,
+    arms_table,
+    gradient_table,
+    paired,
+    quoted,
+    seeds_text,
+    student_interval,
+)
 
 
 def result(name: str, ratio: float, scores: str, **more) -> dict:
@@ -24,6 +30,7 @@ def result(name: str, ratio: float, scores: str, **more) -> dict:
         "name": name,
         "policy_step": 30,
         "within_guard": True,
+        "curve": [{"step": 40, "accuracy": 0.5, "visual_token_ratio": 0.125, "token_ratio": 0.2}],
         "test": {"0.975": at(ratio, scores), "1.0": at(1.0, dense)},
         **more,
     }
@@ -52,10 +59,12 @@ def test_the_table_has_every_experiment_and_says_what_has_not_run():
     lines = arms_table(RESULTS, "0.975").splitlines()
     of = {name: next(line for line in lines if line.startswith(f"| `{name}`")) for name in ARMS}
     assert "31.0% | 80.0% | −10.0 (" in of["default"]
+    assert of["default"].endswith("| 30 | 12.5%, 50.0% |")
     assert "95.0% | 90.0% | ±0.0 (" in of["literal"]
-    assert "30 (the last: none was within the guard)" in of["literal"]
+    assert "| 30, none was within the guard |" in of["literal"]
     assert "not measured" in of["shuffled"]
-    assert all(line.count("|") == 6 for line in lines if line.startswith("|"))
+    assert all(line.count("|") == 7 for line in lines if line.startswith("|"))
+    assert arms_table({name: found for name, found in RESULTS.items() if name != "base"}, "0.975") == "not measured"
 
 
 def test_differences_are_paired():
@@ -80,8 +89,9 @@ def test_seeds_are_only_spoken_of_when_all_have_run():
 
 
 def test_the_gradient_table_names_every_part():
-    parts = ("correct_tokens", "efficiency_tokens", "efficiency_selection")
-    found = {name: {"signal": 1e-3, "error": 1e-4, "noise": 2.0, "z": 10.0, "draws": 40} for name in parts}
-    table = gradient_table(json.loads(json.dumps(found)))
-    assert table.startswith("40 draws")
-    assert table.count("| 1.00e-03 | 1.0e-04 | 10.0 | 2.00e+00 |") == 3
+    parts = {name: {"signal": 1e-3, "error": 1e-4, "noise": 2.0, "z": 10.0, "draws": 40} for name in GRADIENTS}
+    parts["correct_tokens"] |= {"noise": 0.0, "error": 0.0, "z": None}  # every answer was right every time
+    table = gradient_table({"draws": 40, "prompts": 32, "parts": parts})
+    assert table.startswith("40 draws of the rollouts of 32 prompts")
+    assert table.count("| 1.00e-03 | 1.0e-04 | 10.0 | 0.001 |") == 4
+    assert table.count("| – | – |") == 1
