@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,15 +39,17 @@ def cpu(output: Output = Path("metrics/bench_cpu.json"), repetitions: Repetition
         "group_of_8": lambda: group_case(32, 8, repetitions),
         "loop": lambda: loop_case(8, 4, 8, repetitions),
     }
-    found = _run(cases)
-    summary = {
-        "decode_4k_speedup": found["decode_4k"].speedup,
-        "decode_16k_speedup": found["decode_16k"].speedup,
-        "mass_over_dense_attention": 1 / found["mass_4k"].speedup,
-        "group_of_8_speedup": found["group_of_8"].speedup,
-        "loop_over_generate": found["loop"].speedup,
-    }
-    _write(output, found, summary)
+    _measure(
+        output,
+        cases,
+        lambda found: {
+            "decode_4k_speedup": found["decode_4k"].speedup,
+            "decode_16k_speedup": found["decode_16k"].speedup,
+            "mass_over_dense_attention": 1 / found["mass_4k"].speedup,
+            "group_of_8_speedup": found["group_of_8"].speedup,
+            "loop_over_generate": found["loop"].speedup,
+        },
+    )
 
 
 @app.command()
@@ -59,8 +60,7 @@ def gpu(output: Output = Path("metrics/bench_gpu.json"), repetitions: Repetition
         raise typer.Exit(2)
     from sparsity_forcing.bench.gpu import gpu_cases, gpu_summary
 
-    found = _run(gpu_cases(repetitions))
-    _write(output, found, gpu_summary(found))
+    _measure(output, gpu_cases(repetitions), gpu_summary)
 
 
 @app.command()
@@ -69,26 +69,34 @@ def trl(output: Output = Path("metrics/bench_trl.json"), rounds: Repetitions = 3
     if importlib.util.find_spec("trl") is None:
         typer.echo("bench: TRL is not installed; `pip install -e '.[dev]'` has it", err=True)
         raise typer.Exit(2)
-    found = _run({"training": lambda: training_case(rounds), "one": lambda: one_case(5)})
+    cases = {"training": lambda: training_case(rounds), "one": lambda: one_case(5)}
+    _measure(output, cases, _trl_summary)
+
+
+def _trl_summary(found: dict[str, Case]) -> dict[str, float]:
     peak = found["training"].notes["peak_memory_bytes"]
-    summary = {
+    return {
         "completions_per_second_ratio": found["training"].speedup,
         "peak_memory_ratio": peak["ours"] / peak["trl"],
         "group_of_8_over_one": found["one"].speedup,
     }
-    _write(output, found, summary)
 
 
-def _run(cases: dict[str, Callable[[], Case]]) -> dict[str, Case]:
+def _measure(
+    output: Path, cases: dict[str, Callable[[], Case]], summarise: Callable[[dict[str, Case]], dict[str, float]]
+) -> None:
+    """Measures, writes and prints. What fails is named and gives no figure; the others are written all the same."""
     console = Console(stderr=True)
-    found = {}
+    found, failed = {}, {}
     for key, measure in cases.items():
-        case = found[key] = measure()
+        try:
+            case = found[key] = measure()
+        except (BenchError, torch.OutOfMemoryError) as error:
+            failed[key] = str(error)
+            console.print(f"{key}: {error}; no figure is given")
+            continue
         console.print(f"{case.name}: {case.subject} is {case.speedup:.2f} times as fast as {case.baseline}")
-    return found
-
-
-def _write(output: Path, found: dict[str, Case], summary: dict) -> None:
+    summary = {} if failed else summarise(found)
     git = git_state(Path("."))
     manifest = {
         "commit": git.commit,
@@ -98,14 +106,13 @@ def _write(output: Path, found: dict[str, Case], summary: dict) -> None:
         "versions": versions(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    cases = {key: case.as_json() for key, case in found.items()}
-    write_json_atomic(output, {"manifest": manifest, "summary": summary, "cases": cases})
+    written = {"manifest": manifest, "summary": summary, "cases": {key: case.as_json() for key, case in found.items()}}
+    write_json_atomic(output, written | {"failed": failed})
     print(json.dumps({name: round(value, 3) for name, value in summary.items()}))
+    if failed:
+        typer.echo(f"bench: no figure for {', '.join(failed)}; {output} has the others, and why", err=True)
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except BenchError as error:
-        print(f"bench: {error}; no figure is given", file=sys.stderr)
-        sys.exit(1)
+    app()

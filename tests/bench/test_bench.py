@@ -149,6 +149,24 @@ def test_the_command_writes_samples_and_manifest_and_ends_with_the_figures(tmp_p
         assert case["checked"]
 
 
+def test_a_case_that_fails_is_named_and_the_others_are_written(tmp_path, monkeypatch):
+    def wrong(*_):
+        raise BenchError("attention: not equal")
+
+    monkeypatch.setattr(command, "decode_case", wrong)
+    monkeypatch.setattr(command, "mass_case", lambda length, rows, *rest: operations.mass_case(128, 128, *rest))
+    monkeypatch.setattr(command, "group_case", lambda grid, *rest: group_case(grid // 8, *rest))
+    monkeypatch.setattr(command, "loop_case", lambda grid, *rest: loop_case(grid // 2, *rest))
+    output = tmp_path / "bench.json"
+    done = CliRunner().invoke(app, ["cpu", "--output", str(output), "--repetitions", "1"])
+    assert done.exit_code == 1
+    assert "no figure for decode_4k, decode_16k" in done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "{}"
+    written = json.loads(output.read_text())
+    assert written["failed"] == dict.fromkeys(("decode_4k", "decode_16k"), "attention: not equal")
+    assert set(written["cases"]) == {"mass_4k", "group_of_8", "loop"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_gpu_set_says_so():
     done = CliRunner().invoke(app, ["gpu"])
