@@ -153,10 +153,10 @@ def test_a_case_that_fails_is_named_and_the_others_are_written(tmp_path, monkeyp
     def wrong(*_):
         raise BenchError("attention: not equal")
 
+    case = Case("a case", {}, "ours", "theirs", {"ours": [1.0], "theirs": [2.0]}, [{"equal": True}])
+    for name in ("mass_case", "group_case", "loop_case"):
+        monkeypatch.setattr(command, name, lambda *_: case)
     monkeypatch.setattr(command, "decode_case", wrong)
-    monkeypatch.setattr(command, "mass_case", lambda length, rows, *rest: operations.mass_case(128, 128, *rest))
-    monkeypatch.setattr(command, "group_case", lambda grid, *rest: group_case(grid // 8, *rest))
-    monkeypatch.setattr(command, "loop_case", lambda grid, *rest: loop_case(grid // 2, *rest))
     output = tmp_path / "bench.json"
     done = CliRunner().invoke(app, ["cpu", "--output", str(output), "--repetitions", "1"])
     assert done.exit_code == 1
