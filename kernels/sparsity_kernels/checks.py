@@ -13,7 +13,7 @@ def check_attention_tensors(dimensions: int, query: Tensor, key: Tensor, value: 
 
     Raises:
         ValueError: another number of dimensions, types that differ or are not taken, an empty tensor, a last dimension
-            that is not contiguous or not in 16 … 256.
+            that is not contiguous.
     """
     for name, tensor, wanted in (("query", query, 4), ("key", key, dimensions), ("value", value, dimensions)):
         if tensor.ndim != wanted:

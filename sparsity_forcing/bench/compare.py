@@ -54,8 +54,6 @@ class Case:
             "setting": self.setting,
             "subject": self.subject,
             "baseline": self.baseline,
-            "speedup": self.speedup,
-            "speedup_range": self.speedups[self.baseline]["range"],
             "speedups": self.speedups,
             "median_seconds": {arm: statistics.median(samples) for arm, samples in self.seconds.items()},
             "seconds": self.seconds,

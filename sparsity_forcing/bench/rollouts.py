@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,8 +33,8 @@ def group_case(grid: int, new_tokens: int, repetitions: int) -> Case:
     """Eight answers of one prompt, each with its own budget: together; against eight generations by themselves, and
     against one call of eight rows that share no prefix."""
     model, processor = small_model()
-    inputs = _prompts(processor, grid, 1)
-    eight = _prompts(processor, grid, 1, only=0, times=8)
+    inputs = prompts_of(processor, grid, 1)
+    eight = prompts_of(processor, grid, 1, only=0, times=8)
     p = torch.tensor(BUDGETS)
 
     def together() -> Tensor:
@@ -52,18 +51,40 @@ def group_case(grid: int, new_tokens: int, repetitions: int) -> Case:
         require_equal(together(), unshared(), "the tokens of all answers, in one unshared call"),
     ]
     seconds = time_arms({"group": together, SEPARATE: separate, UNSHARED: unshared}, repetitions)
-    setting = _setting(model, grid, inputs, new_tokens) | {"prompts": 1, "answers": 8}
-    case = Case(f"group of 8, {grid * grid} visual tokens", setting, "group", SEPARATE, seconds, checked)
-    return replace(case, notes=_rates(seconds, 8) | {"speedup_over_unshared": case.speedups[UNSHARED]["median"]})
+    setting = setting_of(model, grid, inputs, new_tokens) | {"prompts": 1, "answers": 8}
+    name = f"group of 8, {grid * grid} visual tokens"
+    return Case(name, setting, "group", SEPARATE, seconds, checked, _rates(seconds, 8))
+
+
+def one_case(grid: int, new_tokens: int, repetitions: int) -> Case:
+    """Rollouts of a group of eight, each with its own budget, against as many rollouts one by one at the last budget:
+    what the group's other seven cost. ``seconds`` are of one rollout."""
+    model, processor = small_model()
+    inputs, p = prompts_of(processor, grid, 1), torch.tensor(BUDGETS)
+
+    def group() -> Tensor:
+        return sparse_generate(model, inputs, p, num_return_sequences=8, max_new_tokens=new_tokens).tokens
+
+    def one() -> Tensor:
+        return sparse_generate(model, inputs, BUDGETS[-1], max_new_tokens=new_tokens).tokens
+
+    checked = [require_equal(group()[-1:], one(), "the group's last answer and the answer alone")]
+    seconds = time_arms({"group": group, "one": one}, repetitions)
+    pairs = zip(seconds["group"], seconds["one"], strict=True)
+    notes = {"group_over_one": statistics.median(group / one for group, one in pairs)}
+    per_rollout = {"group": [value / 8 for value in seconds["group"]], "one": seconds["one"]}
+    setting = setting_of(model, grid, inputs, new_tokens) | {"prompts": 1, "answers": 8}
+    name = f"a rollout of a group of 8, {grid * grid} visual tokens"
+    return Case(name, setting, "group", "one", per_rollout, checked, notes)
 
 
 def loop_case(grid: int, prompts: int, new_tokens: int, repetitions: int) -> Case:
     """Rollouts of several prompts, eight budgets each: our loop, against the faster of `model.generate` looped over
     rollouts and `model.generate` with all rollouts of a prompt in one call."""
     model, processor = small_model()
-    inputs = _prompts(processor, grid, prompts)
-    alone = [_prompts(processor, grid, prompts, only=index) for index in range(prompts)]
-    eight = [_prompts(processor, grid, prompts, only=index, times=8) for index in range(prompts)]
+    inputs = prompts_of(processor, grid, prompts)
+    alone = [prompts_of(processor, grid, prompts, only=index) for index in range(prompts)]
+    eight = [prompts_of(processor, grid, prompts, only=index, times=8) for index in range(prompts)]
     p = torch.tensor(BUDGETS)
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
 
@@ -94,12 +115,12 @@ def loop_case(grid: int, prompts: int, new_tokens: int, repetitions: int) -> Cas
     ]
     arms = {"loop": loop, "model.generate, 1 row a call": generate, "model.generate, 8 rows a call": generate_batched}
     seconds = time_arms(arms, repetitions)
-    setting = _setting(model, grid, inputs, new_tokens) | {"prompts": prompts, "rollouts": 8 * prompts}
+    setting = setting_of(model, grid, inputs, new_tokens) | {"prompts": prompts, "rollouts": 8 * prompts}
     name = f"rollouts, {grid * grid} visual tokens"
     return Case(name, setting, "loop", fastest(seconds, "loop"), seconds, checked, _rates(seconds, 8 * prompts))
 
 
-def _prompts(processor, grid: int, count: int, only: int | None = None, times: int = 1) -> dict:
+def prompts_of(processor, grid: int, count: int, only: int | None = None, times: int = 1) -> dict:
     """Model inputs of ``count`` seeded canvases, or of one of them ``times`` times."""
     rng = np.random.default_rng(0)
     scans = load_scans("test")
@@ -110,7 +131,7 @@ def _prompts(processor, grid: int, count: int, only: int | None = None, times: i
     return encode_prompts(processor, [canvas.question for canvas in canvases], images)
 
 
-def _setting(model, grid: int, inputs: dict, new_tokens: int) -> dict:
+def setting_of(model, grid: int, inputs: dict, new_tokens: int) -> dict:
     return {
         "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, random weights",
         "layers": model.config.get_text_config().num_hidden_layers,

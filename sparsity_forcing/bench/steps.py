@@ -86,9 +86,10 @@ def pruned_step(model, pool: Pool, batch: int, length: int, kept: int) -> Step:
     views = [[_view(memory, batch * capacity, kv_heads, dim) for memory in layer] for layer in pool]
     stored = torch.full((len(pool), batch), kept, dtype=torch.int32, device=device)
     start = torch.arange(batch, device=device) * capacity
+    owned = torch.full((batch,), capacity, dtype=torch.int32, device=device)
     slots = torch.full((batch * capacity,), -1, dtype=torch.int32, device=device)
     fresh = [
-        RaggedCache(key, value, slots, start, stored[layer], [capacity] * batch, [kept] * batch)
+        RaggedCache(key, value, slots, start, stored[layer], owned, [capacity] * batch, [kept] * batch)
         for layer, (key, value) in enumerate(views)
     ]
     cache = pruned_cache(len(pool))

@@ -25,9 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sparsity_forcing import sparse_generate
-from sparsity_forcing.bench.compare import BenchError, Case, time_arms
-from sparsity_forcing.bench.rollouts import BUDGETS, _prompts, _setting, small_model
+from sparsity_forcing.bench.compare import BenchError, Case
+from sparsity_forcing.bench.rollouts import BUDGETS, prompts_of, setting_of, small_model
 from sparsity_forcing.data.digits import load_scans, render
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.models.families import vision_tower
@@ -46,7 +45,8 @@ def training_case(rounds: int) -> Case:
         for engine in ENGINES if place % 2 == 0 else reversed(ENGINES):
             found[engine].append(_in_a_process(engine))
     seconds = {engine: [statistics.median(run["seconds"]) for run in runs] for engine, runs in found.items()}
-    setting = found["ours"][0]["setting"] | {"threads": torch.get_num_threads(), "trl": found["trl"][0]["settings"]}
+    setting = found["ours"][0]["setting"] | {"threads": torch.get_num_threads()}
+    setting["trl_settings"] = found["trl"][0]["settings"]
     notes = {
         "completions_per_second": {e: PROMPTS * GROUP / statistics.median(s) for e, s in seconds.items()},
         "peak_memory_bytes": {e: max(run["peak"] for run in runs) for e, runs in found.items()},
@@ -58,24 +58,6 @@ def training_case(rounds: int) -> Case:
         {"what": "every step had all completions and a gradient that is finite and not 0", "steps": rounds * STEPS}
     ]
     return Case("a training step", setting, "ours", "trl", seconds, checked, notes)
-
-
-def one_case(repetitions: int) -> Case:
-    """Eight rollouts of a prompt, each with its own budget, against one rollout: how much more the group takes."""
-    model, processor = small_model()
-    inputs, p = _prompts(processor, GRID, 1), torch.tensor(BUDGETS)
-    arms = {
-        "one": lambda: sparse_generate(model, inputs, BUDGETS[-1], max_new_tokens=NEW_TOKENS),
-        "group": lambda: sparse_generate(model, inputs, p, num_return_sequences=8, max_new_tokens=NEW_TOKENS),
-    }
-    last = arms["group"]().tokens[-1]
-    if not torch.equal(last, arms["one"]().tokens[0]):
-        raise BenchError("the last answer of the group is not the answer alone")
-    checked = [{"what": "the last answer of the group is the answer alone", "equal": True}]
-    seconds = time_arms(arms, repetitions)
-    setting = _setting(model, GRID, inputs, NEW_TOKENS) | {"prompts": 1, "answers": 8}
-    name = f"one rollout, {GRID * GRID} visual tokens"
-    return Case(name, setting, "one", "group", seconds, checked)
 
 
 def even(prediction: str, answer: str) -> float:
@@ -119,23 +101,27 @@ def train_ours(folder: Path) -> dict:
     )
     start = _peak()
     checkpoints = Checkpoints(folder, "bench")
-    history = Trainer(
-        model, processor, rows, rows[:1], config, SparsityParams(), 0, checkpoints, lambda *_: None
-    ).train()
+    clock: list[float] = []  # ends of steps, all that a step does included, as the other engine's
+
+    def on_step(*_: object) -> None:
+        clock.append(time.perf_counter())
+
+    history = Trainer(model, processor, rows, rows[:1], config, SparsityParams(), 0, checkpoints, on_step).train()
     measured = history[WARM_UP:]
     _require_whole([row["grad_norm"] for row in measured], [row["rollouts"] for row in measured])
-    prompts = _prompts(processor, GRID, 1)
+    setting = setting_of(model, GRID, prompts_of(processor, GRID, 1), NEW_TOKENS)
+    setting |= {"prompts": PROMPTS, "answers": GROUP, "attention_dtype": config.attention_dtype}
     return {
-        "seconds": [row["seconds"] for row in measured],
+        "seconds": [after - before for before, after in pairwise(clock)],
         "mean_length": statistics.mean(row["mean_length"] for row in measured),
         "start": start,
         "peak": _peak(),
-        "setting": _setting(model, GRID, prompts, NEW_TOKENS) | {"prompts": PROMPTS, "answers": GROUP},
+        "setting": setting,
     }
 
 
 def train_trl(folder: Path) -> dict:
-    """With TRL's own best settings for this case: no gradient checkpointing, float32, one batch a step."""
+    """Without gradient checkpointing, in float32, all rollouts of a step in one batch."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer

@@ -14,9 +14,6 @@ from sparsity_forcing.reporting.content import perspective_text
 HEADER = "| model | attention | budget p | accuracy (95% interval) | visual tokens kept | all tokens kept |"
 
 
-NOT_MEASURED = "not measured"
-
-
 class ReadmeError(ValueError):
     """README.md has no place for the figures."""
 
@@ -58,20 +55,25 @@ def speed(cpu: dict | None, gpu: dict | None, trl: dict | None = None) -> str:
     setting and its baseline, and a line for each further arm that it was measured against."""
     lines = ["| what | setting | against | speed-up (range) |", "|---|---|---|---|"]
     sets = ((cpu, "cpu", "everything on a CPU"), (gpu, "gpu", "everything on a GPU"), (trl, "trl", "a training step"))
-    for bench, name, what in sets:
+    for bench, name, everything in sets:
         if bench is None:
-            lines.append(f"| {what} | – | – | {NOT_MEASURED}; `make bench-{name}` measures it |")
+            lines.append(f"| {everything} | – | – | {fmt.NOT_MEASURED}; `make bench-{name}` measures it |")
             continue
         for case in bench["cases"].values():
-            against = {case["baseline"]: {"median": case["speedup"], "range": case["speedup_range"]}}
-            against |= {arm: ratio for arm, ratio in case.get("speedups", {}).items() if arm != case["baseline"]}
-            for arm, ratio in against.items():
+            cells = f"{case['name']} | {_setting(case['setting'])}"
+            for arm in [case["baseline"], *(arm for arm in case["speedups"] if arm != case["baseline"])]:
+                ratio = case["speedups"][arm]
                 low, high = ratio["range"]
-                what = f"{case['name']} | {_setting(case['setting'])}" if arm == case["baseline"] else "〃 | 〃"
-                lines.append(f"| {what} | {arm} | {ratio['median']:.2f} × ({low:.2f}–{high:.2f}) |")
+                lines.append(f"| {cells} | {arm} | {ratio['median']:.2f} × ({low:.2f}–{high:.2f}) |")
+                cells = "〃 | 〃"
     made_on = [bench["manifest"] for bench in (cpu, gpu, trl) if bench is not None]
-    lines += ["", *dict.fromkeys(f"Measured on {m['hardware']}, torch {m['versions']['torch']}." for m in made_on)]
+    lines += ["", *dict.fromkeys(_made_on(manifest) for manifest in made_on)]
     return "\n".join(lines)
+
+
+def _made_on(manifest: dict) -> str:
+    versions = [f"{name} {manifest['versions'][name]}" for name in ("torch", "trl") if name in manifest["versions"]]
+    return f"Measured on {manifest['hardware']}, {', '.join(versions)}."
 
 
 def _setting(setting: dict) -> str:

@@ -27,13 +27,6 @@ def test_both_engines_train(tmp_path):
         assert found["peak"] >= found["start"] > 1e8
 
 
-def test_a_group_beside_one_rollout():
-    case = training.one_case(2)
-    assert case.checked[0]["equal"]
-    assert case.setting["visual_tokens"] == 16
-    assert set(case.seconds) == {"one", "group"}
-
-
 def test_a_step_without_a_gradient_gives_no_figure():
     with pytest.raises(BenchError, match="not 2 whole steps"):
         training._require_whole([0.1, 0.0], [16, 16])

@@ -51,12 +51,12 @@ def test_every_case_is_a_line_and_what_was_not_measured_says_so():
         "name": "decode attention",
         "setting": {"token_ratio": 0.25, "dtype": "float32", "device": "cpu"},
         "baseline": "dense",
-        "speedup": 3.456,
-        "speedup_range": [3.0, 4.0],
+        "speedups": {"loop": {"median": 9.0, "range": [8.0, 10.0]}, "dense": {"median": 3.456, "range": [3.0, 4.0]}},
     }
     manifest = {"hardware": "a machine", "versions": {"torch": "2.0"}}
     block = speed({"cases": {"decode": case}, "manifest": manifest}, None)
     assert "| decode attention | token ratio 0.25, dtype float32 | dense | 3.46 × (3.00–4.00) |" in block
+    assert "| 〃 | 〃 | loop | 9.00 × (8.00–10.00) |" in block
     assert "| everything on a GPU | – | – | not measured; `make bench-gpu` measures it |" in block
     assert block.endswith("Measured on a machine, torch 2.0.")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsity_kernels.backend import TRITON_DTYPES, Impl, runs_triton
-from sparsity_kernels.checks import DTYPES
+from sparsity_kernels.checks import DTYPES, form
 from sparsity_kernels.compaction.ragged import CapacityError, RaggedCache, extents, implementation, on_device
 
 __all__ = ["CapacityError", "RaggedCache", "compact"]
@@ -63,12 +63,12 @@ def compact(
             raise ValueError(f"row {row} keeps no token; protect at least the last one")
     packed = on_triton if layout == "auto" else layout == "packed"
     capacity = [(stored if packed else max(lengths)) + room for stored in lengths]
-    _, start = extents(capacity, key.device)
+    owned, start = extents(capacity, key.device)
     length = on_device(lengths, torch.int32, key.device)
     source = _source(kept, start, length, sum(capacity))
     gathered = implementation(on_triton).gather_entries(key, value, source)
     slots = torch.where(source < 0, -1, source.remainder(kept.shape[1])).int()
-    return RaggedCache(*gathered, slots, start, length, capacity, lengths, impl)
+    return RaggedCache(*gathered, slots, start, length, owned, capacity, lengths, impl)
 
 
 def _source(kept: Tensor, start: Tensor, length: Tensor, entries: int) -> Tensor:
@@ -84,13 +84,10 @@ def _source(kept: Tensor, start: Tensor, length: Tensor, entries: int) -> Tensor
 def _check(key: Tensor, value: Tensor, kept: Tensor, room: int, layout: Layout) -> None:
     if key.ndim != 4 or key.shape != value.shape or key.dtype != value.dtype or key.dtype not in DTYPES:
         allowed = "(batch, kv_heads, length, dim) of one shape and one dtype of float32, bfloat16, float16, float64"
-        got = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (key, value))
-        raise ValueError(f"key and value must be {allowed}, got {got}")
+        raise ValueError(f"key and value must be {allowed}, got {form(key)}, {form(value)}")
     if kept.dtype != torch.bool or kept.shape != (key.shape[0], key.shape[2]) or kept.numel() == 0:
         shape = (key.shape[0], key.shape[2])
-        raise ValueError(
-            f"kept must be (batch, length) = {shape} bool and not empty, got {tuple(kept.shape)} {kept.dtype}"
-        )
+        raise ValueError(f"kept must be (batch, length) = {shape} bool and not empty, got {form(kept)}")
     for name, tensor in (("key", key), ("value", value)):
         if tensor.stride(3) != 1 and tensor.shape[3] > 1:
             raise ValueError(f"{name} must be contiguous in its last dim, got strides {tensor.stride()}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsity_kernels.backend import TRITON_DTYPES, Impl, runs_triton
-from sparsity_kernels.checks import some
+from sparsity_kernels.checks import dtype_name, form, some
 from sparsity_kernels.compaction import eager
 
 
@@ -31,9 +31,9 @@ class RaggedCache:
             without a slot of their own.
         start: (batch,) int64, on the device, ascending.
         length: (batch,) int32, on the device; grows in place.
+        owned: (batch,) int32, ``capacity`` on the device.
         capacity: entries that each row owns, on the host.
         lengths: ``length`` on the host.
-        owned: (batch,) int32, ``capacity`` on the device; from ``start`` and the size of the buffer.
         impl: implementation of what this cache does, see `sparsity_kernels.backend`.
     """
 
@@ -42,15 +42,13 @@ class RaggedCache:
     slots: Tensor
     start: Tensor
     length: Tensor
+    owned: Tensor
     capacity: list[int]
     lengths: list[int]
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
         self._on_triton = runs_triton(self.impl, self.key, dtypes=TRITON_DTYPES)
-        end = torch.full_like(self.start, len(self.key))
-        end[:-1] = self.start[1:]
-        self.owned = (end - self.start).int()
         self._room = min(owned - stored for owned, stored in zip(self.capacity, self.lengths, strict=True))
 
     @property
@@ -153,8 +151,8 @@ class RaggedCache:
             fits = new.ndim == 4 and (new.shape[0], new.shape[1], new.shape[3]) == (self.batch, heads, dim)
             if not fits or new.dtype != self.key.dtype or new.device != self.key.device:
                 raise ValueError(
-                    f"{name} must be (batch, kv_heads, new, dim) = ({self.batch}, {heads}, new, {dim}) {self.key.dtype}"
-                    f" on {self.key.device}, got {tuple(new.shape)} {new.dtype} on {new.device}"
+                    f"{name} must be (batch, kv_heads, new, dim) = ({self.batch}, {heads}, new, {dim}) "
+                    f"{dtype_name(self.key.dtype)} on {self.key.device}, got {form(new)} on {new.device}"
                 )
             if new.stride(3) != 1 and dim > 1:
                 raise ValueError(f"{name} must be contiguous in its last dim, got strides {new.stride()}")
@@ -167,7 +165,7 @@ class RaggedCache:
         ):
             raise ValueError(
                 f"slots must be (batch, new) = {(self.batch, key.shape[2])} int32 or int64 on {key.device}, got "
-                f"{tuple(slots.shape)} {slots.dtype} on {slots.device}"
+                f"{form(slots)} on {slots.device}"
             )
 
     @torch.no_grad()
@@ -192,7 +190,7 @@ class RaggedCache:
         padded = lambda buffer: buffer.transpose(0, 1)[None]  # noqa: E731  (1, kv_heads, entries, dim)
         gathered = implementation(self._on_triton).gather_entries(padded(self.key), padded(self.value), source)
         slots = torch.where(source >= 0, self.slots[source.clamp_min(0)], -1)
-        return RaggedCache(*gathered, slots, start, length, capacity, lengths, self.impl)
+        return RaggedCache(*gathered, slots, start, length, owned, capacity, lengths, self.impl)
 
 
 def implementation(on_triton: bool) -> ModuleType:
@@ -205,8 +203,8 @@ def implementation(on_triton: bool) -> ModuleType:
 
 
 def extents(capacity: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(batch,) int64 capacities and first entries of rows that lie one behind the other."""
-    owned = on_device(capacity, torch.int64, device)
+    """(batch,) int32 capacities and int64 first entries of rows that lie one behind the other."""
+    owned = on_device(capacity, torch.int32, device)
     return owned, owned.cumsum(0) - owned
 
 

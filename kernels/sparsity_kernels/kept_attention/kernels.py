@@ -36,19 +36,9 @@ def load_limits(p_limits, o_row, m_row, stride_lr, keys):
 
 @triton.jit
 def load_keys(
-    p_key,
-    p_value,
-    p_index,
-    stride_kn,
-    stride_vn,
-    stride_in,
-    o_n,
-    high,
-    length,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    p_key, p_value, p_index, stride_kn, stride_vn, stride_in, o_n, high, length,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """[N, D] keys and values of the kept keys o_n, their slots, and where those are slots of the sample, [N].
 
     Without MASKED all of o_n lie below ``high``. A slot outside [0, length) is never read: key and value are 0.
@@ -71,26 +61,10 @@ def row_offsets(o_m, i_g, stride_h, stride_r, GROUP: tl.constexpr):
 
 @triton.jit
 def _forward_tiles(
-    b_acc,
-    b_sum,
-    b_max,
-    b_q,
-    b_limit,
-    p_key,
-    p_value,
-    p_index,
-    stride_kn,
-    stride_vn,
-    stride_in,
-    low,
-    high,
-    length,
+    b_acc, b_sum, b_max, b_q, b_limit, p_key, p_value, p_index, stride_kn, stride_vn, stride_in, low, high, length,
     scale_log2,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Online softmax over the kept keys low … high - 1; without MASKED all rows see them and their number fits."""
     for start in range(low, high, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
@@ -112,40 +86,11 @@ def _forward_tiles(
 
 @triton.jit(do_not_specialize=["stride_ib", "stride_lb", "kv_heads", "flat_rows", "keys", "length"])
 def forward_kernel(
-    query,
-    key,
-    value,
-    index,
-    limits,
-    output,
-    lse,
-    stride_qb,
-    stride_qh,
-    stride_qr,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_ib,
-    stride_in,
-    stride_lb,
-    stride_lr,
-    stride_ob,
-    stride_oh,
-    stride_or,
-    scale_log2,
-    kv_heads,
-    flat_rows,
-    keys,
-    length,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    query, key, value, index, limits, output, lse, stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ib, stride_in, stride_lb, stride_lr, stride_ob, stride_oh, stride_or,
+    scale_log2, kv_heads, flat_rows, keys, length,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """One tile of rows per program, the last tile first: under causality it has the most keys."""
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
     i_bg = tl.program_id(1)
@@ -169,47 +114,13 @@ def forward_kernel(
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], -_INFINITE, dtype=tl.float32)
     b_acc, b_sum, b_max = _forward_tiles(
-        b_acc,
-        b_sum,
-        b_max,
-        b_q,
-        b_limit,
-        p_key,
-        p_value,
-        p_index,
-        stride_kn,
-        stride_vn,
-        stride_in,
-        0,
-        common,
-        length,
-        scale_log2,
-        DIM,
-        BLOCK_D,
-        BLOCK_N,
-        MASKED=False,
-    )
+        b_acc, b_sum, b_max, b_q, b_limit, p_key, p_value, p_index, stride_kn, stride_vn, stride_in, 0, common,
+        length, scale_log2, DIM, BLOCK_D, BLOCK_N, MASKED=False,
+    )  # fmt: skip
     b_acc, b_sum, b_max = _forward_tiles(
-        b_acc,
-        b_sum,
-        b_max,
-        b_q,
-        b_limit,
-        p_key,
-        p_value,
-        p_index,
-        stride_kn,
-        stride_vn,
-        stride_in,
-        common,
-        longest,
-        length,
-        scale_log2,
-        DIM,
-        BLOCK_D,
-        BLOCK_N,
-        MASKED=True,
-    )
+        b_acc, b_sum, b_max, b_q, b_limit, p_key, p_value, p_index, stride_kn, stride_vn, stride_in, common,
+        longest, length, scale_log2, DIM, BLOCK_D, BLOCK_N, MASKED=True,
+    )  # fmt: skip
     sees = b_limit > 0
     b_sum = tl.where(sees, b_sum, 1.0)
     b_acc = b_acc / b_sum[:, None]
@@ -222,22 +133,9 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["kv_heads", "flat_rows"])
 def delta_kernel(
-    gradient,
-    output,
-    delta,
-    stride_gb,
-    stride_gh,
-    stride_gr,
-    stride_ob,
-    stride_oh,
-    stride_or,
-    kv_heads,
-    flat_rows,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    gradient, output, delta, stride_gb, stride_gh, stride_gr, stride_ob, stride_oh, stride_or, kv_heads, flat_rows,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """delta = sum over dim of gradient * output, per flat row."""
     i_bg = tl.program_id(1)
     i_b = (i_bg // kv_heads).to(tl.int64)
@@ -255,27 +153,10 @@ def delta_kernel(
 
 @triton.jit
 def _grad_query_tiles(
-    b_dq,
-    b_q,
-    b_do,
-    b_lse,
-    b_delta,
-    b_limit,
-    p_key,
-    p_value,
-    p_index,
-    stride_kn,
-    stride_vn,
-    stride_in,
-    low,
-    high,
-    length,
-    scale_log2,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    b_dq, b_q, b_do, b_lse, b_delta, b_limit, p_key, p_value, p_index, stride_kn, stride_vn, stride_in, low, high,
+    length, scale_log2,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Adds ds k over the kept keys low … high - 1; MASKED as in the forward pass."""
     for start in range(low, high, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
@@ -294,46 +175,11 @@ def _grad_query_tiles(
 
 @triton.jit(do_not_specialize=["stride_ib", "stride_lb", "kv_heads", "flat_rows", "keys", "length"])
 def grad_query_kernel(
-    query,
-    key,
-    value,
-    index,
-    limits,
-    gradient,
-    lse,
-    delta,
-    grad_query,
-    stride_qb,
-    stride_qh,
-    stride_qr,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_ib,
-    stride_in,
-    stride_lb,
-    stride_lr,
-    stride_gb,
-    stride_gh,
-    stride_gr,
-    stride_ob,
-    stride_oh,
-    stride_or,
-    scale,
-    scale_log2,
-    kv_heads,
-    flat_rows,
-    keys,
-    length,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    query, key, value, index, limits, gradient, lse, delta, grad_query, stride_qb, stride_qh, stride_qr, stride_kb,
+    stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ib, stride_in, stride_lb, stride_lr, stride_gb,
+    stride_gh, stride_gr, stride_ob, stride_oh, stride_or, scale, scale_log2, kv_heads, flat_rows, keys, length,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """One tile of rows per program, the last tile first, as in the forward pass."""
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
     i_bg = tl.program_id(1)
@@ -358,49 +204,13 @@ def grad_query_kernel(
     p_index = index + i_b * stride_ib
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     b_dq = _grad_query_tiles(
-        b_dq,
-        b_q,
-        b_do,
-        b_lse,
-        b_delta,
-        b_limit,
-        p_key,
-        p_value,
-        p_index,
-        stride_kn,
-        stride_vn,
-        stride_in,
-        0,
-        common,
-        length,
-        scale_log2,
-        DIM,
-        BLOCK_D,
-        BLOCK_N,
-        MASKED=False,
-    )
+        b_dq, b_q, b_do, b_lse, b_delta, b_limit, p_key, p_value, p_index, stride_kn, stride_vn, stride_in, 0,
+        common, length, scale_log2, DIM, BLOCK_D, BLOCK_N, MASKED=False,
+    )  # fmt: skip
     b_dq = _grad_query_tiles(
-        b_dq,
-        b_q,
-        b_do,
-        b_lse,
-        b_delta,
-        b_limit,
-        p_key,
-        p_value,
-        p_index,
-        stride_kn,
-        stride_vn,
-        stride_in,
-        common,
-        longest,
-        length,
-        scale_log2,
-        DIM,
-        BLOCK_D,
-        BLOCK_N,
-        MASKED=True,
-    )
+        b_dq, b_q, b_do, b_lse, b_delta, b_limit, p_key, p_value, p_index, stride_kn, stride_vn, stride_in, common,
+        longest, length, scale_log2, DIM, BLOCK_D, BLOCK_N, MASKED=True,
+    )  # fmt: skip
     o_o = row_offsets(o_m, i_g, stride_oh, stride_or, GROUP)
     p_output = grad_query + i_b * stride_ob + o_o[:, None] + o_d[None, :]
     tl.store(p_output, (b_dq * scale).to(grad_query.dtype.element_ty), mask=m_md)
@@ -408,48 +218,13 @@ def grad_query_kernel(
 
 @triton.jit(do_not_specialize=["stride_ib", "stride_lb", "kv_heads", "rows", "keys", "length"])
 def grad_key_kernel(
-    query,
-    key,
-    value,
-    index,
-    limits,
-    gradient,
-    lse,
-    delta,
-    grad_key,
-    grad_value,
-    stride_qb,
-    stride_qh,
-    stride_qr,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_ib,
-    stride_in,
-    stride_lb,
-    stride_lr,
-    stride_gb,
-    stride_gh,
-    stride_gr,
-    stride_ob,
-    stride_oh,
-    stride_on,
-    scale,
-    scale_log2,
-    kv_heads,
-    rows,
-    keys,
+    query, key, value, index, limits, gradient, lse, delta, grad_key, grad_value, stride_qb, stride_qh, stride_qr,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ib, stride_in, stride_lb, stride_lr,
+    stride_gb, stride_gh, stride_gr, stride_ob, stride_oh, stride_on, scale, scale_log2, kv_heads, rows, keys,
     length,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SCAN: tl.constexpr,
-):
+):  # fmt: skip
     """One tile of kept keys per program, over the rows from the first to the last that sees one of them.
 
     Every kept slot has one owner and is stored once. grad_key and grad_value are zero elsewhere and share strides.
