@@ -235,8 +235,8 @@ class RewardParams(_Section):
 
     ``cost``, relative to dense attention: the ``token_ratio`` (the paper's); the ``cache_bytes``, generated tokens
     included; or the ``latency`` of a decode step that ``latency_batch`` answers share, modelled by the bytes it reads.
-    ``gate``: when C is 1; ``always`` leaves it out. ``shuffle``: every rollout is paid for the cost of another one of
-    the step, a control that must not make attention sparser.
+    ``gate``: when C is 1; ``always`` leaves it out. ``shuffle``: the costs of a step are dealt out to its rollouts at
+    random, a control.
     """
 
     correct: str = Field(default="exact_match", min_length=1)
@@ -283,6 +283,7 @@ class TrainParams(_Section):
 
     Memory, without a change of the objective: ``micro_batch_prompts`` prompts share a backward pass and
     ``rollout_prompts`` a rollout (null: all of a process; noise is drawn for the prompts that are rolled out together);
+    images of a rollout that is divided into micro-batches are processed and encoded once more for them;
     ``logits_chunk`` tokens have their logits at a time (null: all); ``gradient_checkpointing`` computes the decoder's
     activations again in the backward pass; ``lora`` trains adapters.
 

@@ -30,7 +30,7 @@ class PrunedLayer(DynamicLayer):
         self.room = room
         self.seen = 0
         self.ragged: RaggedCache | None = None
-        self._settling: tuple[Tensor, Tensor, torch.cuda.Event, Impl] | None = None
+        self._settling: tuple[Tensor, Tensor, torch.cuda.Event, Impl, torch.dtype | None] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Returns all keys and values before `prune`; after it the new ones only: attention reads ``ragged``."""
@@ -39,6 +39,7 @@ class PrunedLayer(DynamicLayer):
         self.seen += added
         if self.ragged is None:
             return super().update(key_states, value_states)
+        key_states, value_states = (states.to(self.ragged.key.dtype) for states in (key_states, value_states))
         if self.ragged.room_left < added:
             self.ragged = self.ragged.grown(max(GROWTH, added))
         self.ragged.append(key_states, value_states)
@@ -53,33 +54,34 @@ class PrunedLayer(DynamicLayer):
         self.ragged.reserve(1)
         self.seen += 1
 
-    def prune(self, kept: Tensor, impl: Impl = "auto") -> None:
-        """Keeps the positions of ``kept`` (batch, seen) bool, once, before anything is generated.
+    def prune(self, kept: Tensor, impl: Impl = "auto", dtype: torch.dtype | None = None) -> None:
+        """Keeps the positions of ``kept`` (batch, seen) bool, once, before anything is generated; stored as ``dtype``.
 
         On a GPU the buffers are sized when the counts have arrived: by `settle`, at the latest by the next `update`.
         """
         if self.ragged is not None or self._settling is not None:
             raise RuntimeError("this cache layer is pruned already: start the next prompt with a new cache")
         if not kept.is_cuda:
-            self._compact(kept, impl)
+            self._compact(kept, impl, dtype)
             return
         lengths = torch.empty(len(kept), dtype=torch.long, pin_memory=True)
         lengths.copy_(kept.sum(-1), non_blocking=True)
         with device_of(kept):  # the event is of the stream that copies
             counted = torch.cuda.Event()
             counted.record()
-        self._settling = (kept, lengths, counted, impl)
+        self._settling = (kept, lengths, counted, impl, dtype)
 
     def settle(self) -> None:
         """Waits for the counts of `prune`, if it is still under way, and drops what it drops."""
         if self._settling is None:
             return
-        (kept, lengths, counted, impl), self._settling = self._settling, None
+        (kept, lengths, counted, impl, dtype), self._settling = self._settling, None
         counted.synchronize()
-        self._compact(kept, impl, lengths.tolist())
+        self._compact(kept, impl, dtype, lengths.tolist())
 
-    def _compact(self, kept: Tensor, impl: Impl, lengths: list[int] | None = None) -> None:
-        self.ragged = compact(self.keys, self.values, kept, room=self.room, impl=impl, lengths=lengths)
+    def _compact(self, kept: Tensor, impl: Impl, dtype: torch.dtype | None, lengths: list[int] | None = None) -> None:
+        keys, values = (states.to(dtype or states.dtype) for states in (self.keys, self.values))
+        self.ragged = compact(keys, values, kept, room=self.room, impl=impl, lengths=lengths)
         self.keys = self.values = self.keys.new_empty(0)
 
     @property

@@ -94,13 +94,13 @@ def _sparse(
 
     kept = sparse.choose(layer, query, key, first, scale)
     dtype = query.dtype
-    query, key, value = _cast(sparse, query, key, value)
+    query, key, value = (tensor.to(sparse.attention_dtype or dtype) for tensor in (query, key, value))
     if sparse.settings.prefill == "sparse":
         output = _all_sparse(query, key, value, mask, kept, scale, sparse)
     else:
         output = _dense_then_sparse(query, key, value, mask, kept, first, scale, sparse)
     if stored is not None and sparse.replay is None:
-        stored.prune(kept, sparse.settings.impl)
+        stored.prune(kept, sparse.settings.impl, sparse.attention_dtype)
         if layer > 0:
             sparse.cache.layers[layer - 1].settle()
     return output.to(dtype)
@@ -166,7 +166,9 @@ def _decode(query: Tensor, stored: PrunedLayer | None, scale: float, sparse: Spa
         raise RuntimeError("decoding needs the pruned cache of this context's prefill: pass use_cache=True")
     cache = stored.ragged
     output = ragged_attention(
-        *_cast(sparse, query, cache.key, cache.value),
+        query.to(cache.key.dtype),
+        cache.key,
+        cache.value,
         cache.start,
         cache.length,
         scale,
@@ -174,10 +176,6 @@ def _decode(query: Tensor, stored: PrunedLayer | None, scale: float, sparse: Spa
         rectangular=cache.rectangular,
     )
     return output.to(query.dtype)
-
-
-def _cast(sparse: SparseContext, *tensors: Tensor) -> list[Tensor]:
-    return [tensor.to(sparse.attention_dtype or tensor.dtype) for tensor in tensors]
 
 
 def _valid(mask: Tensor | None, sparse: SparseContext, length: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsity_forcing.models.families import visual_token_ids
+from sparsity_forcing.models.prompts import to_device
 from sparsity_forcing.params import SparsityParams
 from sparsity_forcing.selection import PromptLayout
 
@@ -61,8 +62,7 @@ def build_prompts(model, inputs: dict, settings: SparsityParams, encode_images: 
     Raises:
         ValueError: a prompt is padded on the right.
     """
-    device = model.device
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+    inputs = to_device(inputs, model)
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     input_ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     if not bool(mask[:, -1].all()):

@@ -15,14 +15,10 @@ def add_adapters(model, lora: LoraParams, seed: int):
     ``handle.merge_and_unload()`` adds the adapters to the weights and leaves a plain model.
 
     Raises:
-        TrainingError: peft is not installed, or no layer has such a name.
+        TrainingError: no layer has such a name.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise TrainingError(
-            f"train.lora needs peft ({error}); run `pip install peft`, or leave train.lora out"
-        ) from None
+    from peft import LoraConfig, get_peft_model  # here, as its import takes a second that only adapters need
+
     decoder = model.get_decoder()
     linear = {name.rpartition(".")[2] for name, part in decoder.named_modules() if isinstance(part, torch.nn.Linear)}
     unknown = sorted(set(lora.targets) - linear)

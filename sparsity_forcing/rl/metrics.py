@@ -28,6 +28,7 @@ def step_metrics(step: int, facts: Facts, rewards: Rewards, advantages: Tensor) 
         "visual_token_ratio": facts.visual_token_ratio.nanmean(),
         "mean_length": facts.length.mean(),
         "truncated": facts.truncated.mean(),
+        "prompt_tokens": facts.prompt.double().sum(),
         "new_tokens": facts.length.sum(),
         "rollouts": len(facts.p),
         "entropy": -(facts.logps / facts.length.sum().clamp_min(1)),

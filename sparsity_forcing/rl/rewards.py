@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+STD_EPSILON = 1e-4  # added to a deviation that rewards are divided by
+
 
 @dataclass(frozen=True)
 class Rewards:
@@ -46,9 +48,7 @@ def joint_rewards(correct: Tensor, cost: Tensor, weight_efficiency: float = 1.0,
     return Rewards(correct.float(), efficiency)
 
 
-def group_advantages(
-    rewards: Tensor, scale: str = "group", budgets: Tensor | None = None, epsilon: float = 1e-4
-) -> Tensor:
+def group_advantages(rewards: Tensor, scale: str = "group", budgets: Tensor | None = None) -> Tensor:
     """Advantage of every rollout: its reward minus the group's mean, scaled, and centred by budget.
 
     Args:
@@ -62,9 +62,9 @@ def group_advantages(
     """
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "group":
-        advantages = advantages / (rewards.std(dim=1, keepdim=True) + epsilon)
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + STD_EPSILON)
     elif scale == "batch":
-        advantages = advantages / (rewards.std() + epsilon)
+        advantages = advantages / (rewards.std() + STD_EPSILON)
     elif scale != "none":
         raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
     if budgets is not None and rewards.shape[0] > 1:

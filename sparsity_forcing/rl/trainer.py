@@ -184,7 +184,6 @@ class Trainer:
             "seconds_rollout": clock[1] - clock[0],
             "seconds_reference": clock[2] - clock[1],
             "seconds_update": clock[3] - clock[2],
-            "prompt_tokens": self._prompt_tokens(parts),
             "new_tokens_per_second": metrics["new_tokens"] / (clock[1] - clock[0]),
         }
         if self.step == 1:
@@ -360,10 +359,6 @@ class Trainer:
 
     def _own(self, rows: Sequence[Row]) -> Sequence[Row]:
         return share_of(rows, self.accelerator.process_index, self.accelerator.num_processes)
-
-    def _prompt_tokens(self, parts: Sequence[Part]) -> int:
-        own = sum(int(part.prompts.layout.valid.sum()) * part.group for part in parts)
-        return int(self.accelerator.reduce(torch.tensor([own], device=self.accelerator.device), "sum"))
 
     def _look_at_replay(self, metrics: dict) -> None:
         difference = metrics.get("replay_max_difference", 0.0)
