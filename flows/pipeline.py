@@ -27,6 +27,7 @@ from flows.train_grpo import train
 from flows.workspace import Outcome, StageError, WorkspaceError, check_workspace, is_up_to_date
 from sparsity_forcing.lineage import LineageError
 from sparsity_forcing.params import Params, ParamsError
+from sparsity_forcing.places import require_places
 from sparsity_forcing.stages import STAGES
 from sparsity_forcing.tracking import TrackingError
 
@@ -67,6 +68,8 @@ def main(
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         params = check_workspace(root)
+        for told in require_places(params, root):
+            print(told)
         if is_up_to_date(root):
             print("Everything is up to date: nothing was run.")
         else:

@@ -53,8 +53,7 @@ def check_workspace(root: Path) -> Params:
             (DVC notices that too, but only after it has removed the outputs of the stage.)
     """
     params = load_params(root / "params.yaml")
-    for told in require_places(params, root):
-        print(told)
+    require_places(params, root)
     given = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
     stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     needed = {name for stage in stages.values() for name in stage.get("params", [])}

@@ -33,15 +33,14 @@ def main(
     signal.signal(signal.SIGTERM, _stop)
     try:
         params = load_params(root / "params.yaml")
-        for told in require_places(params, root):
+        for told in require_places(params, root, stage.value):
             typer.echo(f"{stage.value}: {told}", err=True)
         set_environment(params, root)
         importlib.import_module(f"sparsity_forcing.stages.{stage.value}").run(params, root)
     except Exception as error:
         if not explains_itself(error):
             raise
-        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
-        typer.echo(f"{stage.value}: {message}", err=True)
+        typer.echo(f"{stage.value}: {explanation(error)}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1) from None
 
 
@@ -76,6 +75,11 @@ def explains_itself(error: Exception) -> bool:
     """
     failed_write = isinstance(error, OSError) and hasattr(error, "__notes__")  # `files` names the output in a note
     return failed_write or type(error).__module__.startswith("sparsity_forcing.")
+
+
+def explanation(error: Exception) -> str:
+    """An error in words, with what its notes add: the output that could not be written, say."""
+    return "\n".join([str(error), *getattr(error, "__notes__", [])])
 
 
 def _stop(signal_number: int, frame: object) -> None:

@@ -14,8 +14,9 @@ DATA, MODELS, CODE = "user_data", "user_models", "user_code"
 OUTPUTS = ("data", "models", "checkpoints", "evaluation", "metrics", "plots", "reports")
 
 
-def require_places(params: Params, root: Path) -> list[str]:
-    """What to tell the user about rows, a model or a score function that DVC does not see.
+def require_places(params: Params, root: Path, stage: str | None = None) -> list[str]:
+    """What to tell the user about rows, a model or a score function that DVC does not see; what ``stage`` reads of them
+    where one is named.
 
     Raises:
         ParamsError: ``model.name`` is inside an output of the pipeline.
@@ -33,6 +34,7 @@ def require_places(params: Params, root: Path) -> list[str]:
         f"{name} {value!r} is outside {folder}/: DVC does not see it change; after a change run "
         f"`dvc repro --force {stages}`, or move it there"
         for name, value, folder, stages in unseen
+        if stage is None or stage in stages.split()
     ]
 
 

@@ -52,6 +52,11 @@ class Run:
             self.run_id, metrics=[Metric(name, float(value), now, step or 0) for name, value in values.items()]
         )
 
+    def training_step(self, metrics: Mapping[str, float]) -> None:
+        """Logs what the trainer reports of a step, each number as a point of the curve ``train/NAME``."""
+        names = {f"train/{name.replace('/', '_')}": value for name, value in metrics.items() if name != "step"}
+        self.metrics(names, step=int(metrics["step"]))
+
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Logs a file or a directory with all that is in it, below ``folder`` of the run's artifacts."""
         log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact

@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from sparsity_forcing.evaluation.intervals import wilson_interval
+from sparsity_forcing.methods.full import Full
 from sparsity_forcing.params import Budget, Share
 
 AVERAGE = "average"  # the benchmark that pools every question
@@ -85,7 +86,7 @@ class BenchmarkTable(BaseModel):
         """The row of ``checkpoint`` that keeps the fewest visual tokens (all tokens where there are none) and is at
         most ``loss`` less accurate than the dense base, whatever its method and budget."""
         rows = self.averages()
-        dense = next(row for row in rows if (row.checkpoint, row.p) == ("base", 1))
+        dense = self.find(Full.name, "base", Full.p)
         near = [row for row in rows if row.checkpoint == checkpoint and row.accuracy >= dense.accuracy - loss]
         return min(near or [row for row in rows if row.checkpoint == checkpoint], key=kept_share)
 

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from sparsity_forcing.__main__ import explains_itself, set_environment
+from sparsity_forcing.__main__ import explains_itself, explanation, set_environment
 from sparsity_forcing.evidence import gradient
 from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base
@@ -57,7 +57,7 @@ def main(
     except Exception as error:
         if not explains_itself(error):
             raise
-        typer.echo(f"evidence: {error}", err=True)
+        typer.echo(f"evidence: {explanation(error)}", err=True)
         raise typer.Exit(2) from None
     print(json.dumps(summary))
     if failed:
@@ -97,7 +97,7 @@ def run_one(name: str) -> int:
     except Exception as error:
         if not explains_itself(error):
             raise
-        print(f"evidence, {name}: {error}", file=sys.stderr)
+        print(f"evidence, {name}: {explanation(error)}", file=sys.stderr)
         return 1
     return 0
 

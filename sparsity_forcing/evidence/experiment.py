@@ -11,7 +11,7 @@ from sparsity_forcing.checkpoints import Checkpoints, fingerprint
 from sparsity_forcing.data.schema import Row, read_rows
 from sparsity_forcing.evidence.arms import Arm
 from sparsity_forcing.files import write_json_atomic
-from sparsity_forcing.lineage import code_digest, file_digest, git_state, hardware
+from sparsity_forcing.lineage import code_digest, dvc_md5, file_digest, git_state, hardware
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
@@ -48,7 +48,7 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
     rows, validation = read_rows(root / TRAIN), read_rows(root / VALIDATION)
     if arm.rows == "hard":
         rows = wrongly_answered(model, processor, rows, own)
-    tags = {"arm": arm.name, "question": arm.question}
+    tags = {"arm": arm.name, "question": arm.question} | {f"dvc.{path}.md5": dvc_md5(root / path) for path in INPUTS}
     with Tracker(own.tracking, root).run("evidence", arm.name, {"arm": arm.name, "seed": own.seed}, tags) as record:
         for split in (TRAIN, VALIDATION, TEST):
             record.dataset(root / split, name=f"{own.data.source}-{split.stem}", split=split.stem)
@@ -59,7 +59,7 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
             )
             history = trainer.train()
         found = {
-            **_head(arm.name, made_by, root),
+            **head(arm.name, made_by, root),
             "question": arm.question,
             "seed": own.seed,
             "changed": {"train": arm.train, "sparsity": arm.sparsity, "rows": arm.rows},
@@ -88,7 +88,7 @@ def run_base(params: Params, root: Path) -> dict:
     if (done := current("base", made_by, root)) is not None:
         return done
     model, processor = load(root / BASE, params.model.dtype, params.model.device)
-    found = {**_head("base", made_by, root), "test": judged(model, processor, params, root)}
+    found = {**head("base", made_by, root), "test": judged(model, processor, params, root)}
     write_json_atomic(root / RESULTS / "base.json", found)
     return found
 
@@ -113,7 +113,8 @@ def current(name: str, made_by: str, root: Path) -> dict | None:
     return found if found["made_by"] == made_by else None
 
 
-def _head(name: str, made_by: str, root: Path) -> dict:
+def head(name: str, made_by: str, root: Path) -> dict:
+    """What every result says of where it comes from."""
     git = git_state(root)
     return {"name": name, "made_by": made_by, "commit": git.commit, "dirty": git.dirty, "hardware": hardware()}
 
@@ -161,10 +162,8 @@ def _sampler(model, processor, params: Params, p: float) -> Sampler:
 
 def _report(record: Run, progress: Progress):
     def report(metrics: dict, table: list[dict] | None) -> None:
-        step = int(metrics["step"])
-        names = {f"train/{name.replace('/', '_')}": value for name, value in metrics.items() if name != "step"}
-        record.metrics(names, step=step)
+        record.training_step(metrics)
         ratio = metrics.get("visual_token_ratio", math.nan)  # a step may ask without images
-        progress.advance(step, accuracy=metrics["accuracy"], visual_token_ratio=ratio)
+        progress.advance(int(metrics["step"]), accuracy=metrics["accuracy"], visual_token_ratio=ratio)
 
     return report

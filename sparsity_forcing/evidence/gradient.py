@@ -18,7 +18,7 @@ from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.evidence.arms import ARMS
-from sparsity_forcing.evidence.experiment import RESULTS, current
+from sparsity_forcing.evidence.experiment import RESULTS, current, head
 from sparsity_forcing.files import write_json_atomic
 from sparsity_forcing.lineage import code_digest
 from sparsity_forcing.models.families import vision_tower
@@ -27,7 +27,7 @@ from sparsity_forcing.params import Params, ParamsError, TrainParams
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.rl.loss import LossInputs, grpo_loss
 from sparsity_forcing.rl.replay import Replay
-from sparsity_forcing.rl.rewards import group_advantages, joint_rewards
+from sparsity_forcing.rl.rewards import STD_EPSILON, group_advantages, joint_rewards
 from sparsity_forcing.rl.rollout import Rollouts
 from sparsity_forcing.rl.sampler import Sampler
 from sparsity_forcing.scoring import score_function
@@ -95,7 +95,7 @@ def measure(params: Params, root: Path, draws: int = 40) -> dict:
     found |= _gradients(params, root, draws, "gradients (params.yaml)")
     signals = {name: signal_of(values) for name, values in found.items()}
     parts = {name: {**vars(signal), "z": signal.z} for name, signal in signals.items()}
-    result = {"made_by": made_by, "draws": draws, "prompts": PROMPTS, "parts": parts}
+    result = {**head("gradient", made_by, root), "draws": draws, "prompts": PROMPTS, "parts": parts}
     write_json_atomic(root / RESULT, result)
     return result
 
@@ -145,7 +145,7 @@ def _advantages(scores: Tensor, rollouts: Rollouts, config: TrainParams) -> dict
         """The advantage of the joint reward as the sum of its parts': of correctness, of efficiency."""
         gated = config.reward.gate == "anyone_right"
         rewards = joint_rewards(correct, of_layer.view(shape), config.reward.weight_efficiency, gated)
-        deviation = rewards.total.std(dim=1, keepdim=True) + 1e-4
+        deviation = rewards.total.std(dim=1, keepdim=True) + STD_EPSILON
         for part in (rewards.correct, rewards.efficiency):
             yield group_advantages(part / deviation, "none", budgets).flatten()
 

@@ -52,9 +52,10 @@ def write_summary(params: Params, root: Path) -> dict:
     What has not run, or not with these parameters, this code, base and data, is called not measured.
     """
     results, p = read_results(params, root), str(params.sparsity.p)
+    figure = curves(results).save_png(root / "plots")
     gradient = current("gradient", made_by_gradient(params, root), root)
     blocks = {
-        "arms": arms_table(results, p),
+        "arms": f"{arms_table(results, p)}\n\n![Visual tokens kept during training](../plots/{figure.name})",
         "seeds": seeds_text(results, p),
         "gradient": fmt.NOT_MEASURED if gradient is None else gradient_table(gradient),
     }
@@ -62,7 +63,6 @@ def write_summary(params: Params, root: Path) -> dict:
     for name, block in blocks.items():
         page = with_block(page, name, block, PAGE.as_posix())
     write_text_atomic(root / PAGE, page)
-    curves(results).save_png(root / "plots")
     return quoted(results, p)
 
 

@@ -160,8 +160,7 @@ class _Reporter:
 
     def __call__(self, metrics: dict, samples: list[dict] | None) -> None:
         step = int(metrics["step"])
-        names = {f"train/{name.replace('/', '_')}": value for name, value in metrics.items() if name != "step"}
-        self.record.metrics(names, step=step)
+        self.record.training_step(metrics)
         self.progress.advance(
             step,
             reward=metrics["reward"],

@@ -33,21 +33,17 @@ def locked(root: Path) -> dict:
     return yaml.safe_load((root / "dvc.lock").read_text())["stages"]
 
 
-def test_a_stage_run_either_way_leaves_the_same_lock(smoke_workspace, tmp_path, prefect_environment):
-    by_flow = tmp_path / "by-flow"
-    copy_workspace(ROOT, by_flow, "smoke")
-    shutil.copy(smoke_workspace / "mlflow.db", by_flow)
-    run("dvc", "repro", "prepare", root=smoke_workspace, environment=prefect_environment)
-    run("flows.pipeline", "prepare", root=by_flow, environment=prefect_environment)
-    assert locked(by_flow) == locked(smoke_workspace)
-    assert set(locked(by_flow)) == {"prepare"}
-
-
 @pytest.mark.slow
-def test_the_flow_finds_nothing_to_do_after_dvc_alone(smoke_workspace, prefect_environment):
+def test_dvc_alone_and_the_flow_leave_the_same_lock(smoke_workspace, tmp_path, prefect_environment):
     run("dvc", "repro", root=smoke_workspace, environment=prefect_environment)
     before = locked(smoke_workspace)
     assert tuple(before) == STAGES
     said = run("flows.pipeline", root=smoke_workspace, environment=prefect_environment)
     assert "Everything is up to date: nothing was run." in said
     assert locked(smoke_workspace) == before
+
+    by_flow = tmp_path / "by-flow"
+    copy_workspace(ROOT, by_flow, "smoke")
+    shutil.copy(smoke_workspace / "mlflow.db", by_flow)
+    run("flows.pipeline", "prepare", root=by_flow, environment=prefect_environment)
+    assert locked(by_flow) == {"prepare": before["prepare"]}
