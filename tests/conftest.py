@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from sparsity_forcing.torchvision_ops import declare_missing_ops
@@ -28,11 +29,17 @@ def _own_tracking(monkeypatch):
 
 @pytest.fixture(scope="session")
 def migrated_store(tmp_path_factory) -> Path:
-    """An empty MLflow SQLite file. Its first use pays some 20 s of migrations, so the whole session shares them."""
+    """An empty MLflow SQLite file. Its first use pays some 20 s of migrations, so all test processes share them."""
     from mlflow import MlflowClient
 
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one directory per process: theirs is the one above
+        shared = shared.parent
+    path = shared / "migrated.db"
+    with FileLock(shared / "migrated.lock"):
+        if not path.exists():
+            MlflowClient(tracking_uri=f"sqlite:///{shared / 'new.db'}").search_experiments()
+            shutil.copy(shared / "new.db", path)
     return path
 
 

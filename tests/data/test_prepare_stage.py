@@ -84,7 +84,7 @@ def test_too_much_quarantine_fails_but_is_written(workspace):
 
 @pytest.mark.slow
 def test_killed_in_the_middle_it_ends_the_same(workspace, tmp_path_factory):
-    values = {"data": {"digits": {"grids": [12], "train_rows": 3000}}, "model": MODEL}
+    values = {"data": {"digits": {"grids": [12], "train_rows": 1200}}, "model": MODEL}
     kill_stage("prepare", workspace, values, lambda _: any((workspace / "data").glob(".prepared.new.tmp/*")))
     assert not (workspace / "data/prepared").exists()
     assert not (workspace / "metrics").exists()

@@ -1,4 +1,4 @@
-"""One process of a two-process training: `accelerate launch … process_worker.py DIRECTORY SCENE`."""
+"""One process of a two-process training: `accelerate launch … process_worker.py DIRECTORY`."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ def train(directory: Path, scene: str) -> tuple[dict, dict]:
 
 if __name__ == "__main__":
     declare_missing_ops()
-    out = Path(sys.argv[1])
-    weights, found = train(out, sys.argv[2])
-    rank = PartialState().process_index
-    save_file({name: value.clone() for name, value in weights.items()}, out / f"rank-{rank}.safetensors")
-    (out / f"rank-{rank}.json").write_text(json.dumps(found))
+    for name in SCENES:
+        out = Path(sys.argv[1]) / name
+        out.mkdir(exist_ok=True)
+        weights, found = train(out, name)
+        rank = PartialState().process_index
+        save_file({name: value.clone() for name, value in weights.items()}, out / f"rank-{rank}.safetensors")
+        (out / f"rank-{rank}.json").write_text(json.dumps(found))

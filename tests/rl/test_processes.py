@@ -65,18 +65,25 @@ def test_every_row_is_in_one_share(rows):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@pytest.fixture(scope="module")
+def trained_by_two(tmp_path_factory) -> Path:
+    """A directory per scene with the weights and the history of both processes."""
+    directory = tmp_path_factory.mktemp("two")
+    code, output = finished(launch(str(ROOT / "tests/rl/process_worker.py"), str(directory)))
+    assert code == 0, output
+    return directory
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
-def test_two_processes_end_with_the_weights_of_one(tmp_path, scene):
-    code, output = finished(launch(str(ROOT / "tests/rl/process_worker.py"), str(tmp_path), scene))
-    assert code == 0, output
-    expected, alone = train(tmp_path / "alone", scene)
-    ranks = [load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1)]
+def test_two_processes_end_with_the_weights_of_one(trained_by_two, tmp_path, scene):
+    expected, alone = train(tmp_path, scene)
+    ranks = [load_file(trained_by_two / scene / f"rank-{rank}.safetensors") for rank in (0, 1)]
     for name, value in expected.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name
         torch.testing.assert_close(ranks[0][name], value, rtol=0, atol=1e-9)
 
-    main, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    main, other = (json.loads((trained_by_two / scene / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert (main["reported"], other["reported"]) == ([1, 2, 3, 4], [])
     assert (main["tables"], other["tables"]) == (alone["tables"], 0)
     assert timeless(main["history"]) == timeless(other["history"])  # of all ranks, not of one
@@ -86,12 +93,10 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path, scene):
             assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-8), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_when_one_process_is_stopped_or_dies_the_other_ends_and_the_run_goes_on(prepared, number):  # noqa: F811
-    arguments = ("-m", "sparsity_forcing", "train", "--root", str(prepared))
-    process = launch(*arguments)
-    while newest(prepared) == 0:
+def with_one_signalled(workspace: Path, arguments: tuple[str, ...], number: signal.Signals) -> str:
+    """Output of a run of which one process got the signal after a new checkpoint."""
+    before, process = newest(workspace), launch(*arguments)
+    while newest(workspace) <= before:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     workers = [child for child in psutil.Process(process.pid).children() if "train" in child.cmdline()]
@@ -101,9 +106,17 @@ def test_when_one_process_is_stopped_or_dies_the_other_ends_and_the_run_goes_on(
     code, output = finished(process)
     assert code != 0
     assert time.monotonic() - asked < 40
-    if number == signal.SIGTERM:
-        assert output.count("stopped by signal 15; saved step") == 1  # both at the same step, one speaks for both
-    assert not (prepared / "models/policy").exists()
+    assert not (workspace / "models/policy").exists()
+    return output
+
+
+@pytest.mark.slow
+def test_when_one_process_is_stopped_or_dies_the_other_ends_and_the_run_goes_on(prepared):  # noqa: F811
+    arguments = ("-m", "sparsity_forcing", "train", "--root", str(prepared))
+    output = with_one_signalled(prepared, arguments, signal.SIGTERM)
+    assert output.count("stopped by signal 15; saved step") == 1  # both at the same step, one speaks for both
+    output = with_one_signalled(prepared, arguments, signal.SIGKILL)
+    assert output.count("resumed from") == 1
 
     code, output = finished(launch(*arguments))
     assert code == 0, output
@@ -111,7 +124,7 @@ def test_when_one_process_is_stopped_or_dies_the_other_ends_and_the_run_goes_on(
     assert (prepared / "models/policy/model.safetensors").exists()
     assert not (prepared / "checkpoints/train").exists()
     assert json.loads((prepared / "metrics/train.json").read_text())["steps"] == 24
-    assert run_names(prepared) == ["train", "train"]
+    assert run_names(prepared) == ["train"] * 3
 
 
 def run_names(workspace: Path) -> list[str]:
