@@ -105,9 +105,8 @@ class SparseContext:
         """
         if self.replay is not None and not self._scores_density:
             return self.replay[layer]
-        scoring = self._scoring(layer)
-        mass = self._mass(scoring, query, key, first, scale)
-        log_mass = self._log_mass(mass) if self.sigma > 0 else None
+        mass = self.mass(layer, query, key, first, scale)
+        log_mass = self.log_share(mass) if self.sigma > 0 else None
         if self.replay is not None:
             self.selection_logps[layer] = self._log_density(log_mass, self.perturbed[layer])
             return self.replay[layer]
@@ -121,9 +120,29 @@ class SparseContext:
             self.check()
         settings = self.settings
         rule, rank_by, impl = settings.rule, settings.rank_by, settings.impl
-        chosen = select(mass, scoring.seen_by, self.droppable, self.p, rule, rank_by, impl)
+        chosen = select(mass, self._scoring(layer).seen_by, self.droppable, self.p, rule, rank_by, impl)
         self.kept[layer] = chosen | (self.layout.valid & ~self.droppable)
         return self.kept[layer]
+
+    def mass(self, layer: int, query: Tensor, key: Tensor, first: int, scale: float) -> Tensor:
+        """(batch, prompt) attention mass of a layer, with gradient; arguments as of `choose`."""
+        scoring = self._scoring(layer)
+        if scoring.first < first:
+            raise RuntimeError(
+                f"scoring rows {self.settings.scoring_rows!r} reach into the shared prefix; run the prompt in one pass"
+            )
+        if scoring.count == self.layout.length - scoring.first:  # all rows from the first on
+            query = query[:, :, scoring.first - first : self.layout.length - first]
+        else:
+            query = query[:, :, scoring.columns - first]
+        key = key[:, :, : self.layout.length]
+        return attention_mass(query, key, scoring.slots, self.layout.valid, scale, impl=self.settings.impl)
+
+    def log_share(self, mass: Tensor) -> Tensor:
+        """(batch, prompt) log of the mass normalised over the droppable tokens; 0 elsewhere."""
+        masked = mass.masked_fill(~self.droppable, 0.0)
+        share = masked / masked.sum(-1, keepdim=True).clamp_min(_SMALLEST)
+        return share.masked_fill(~self.droppable, 1.0).clamp_min(_SMALLEST).log()
 
     def check(self) -> None:
         """Raises ValueError if a layer selected by a mass that was not finite."""
@@ -149,25 +168,6 @@ class SparseContext:
             found = _Scoring(int(slots[0]), len(slots), *(column.to(device, non_blocking=True) for column in columns))
             self._scorings[key] = found
         return self._scorings[key]
-
-    def _mass(self, scoring: _Scoring, query: Tensor, key: Tensor, first: int, scale: float) -> Tensor:
-        """(batch, prompt) attention mass."""
-        if scoring.first < first:
-            raise RuntimeError(
-                f"scoring rows {self.settings.scoring_rows!r} reach into the shared prefix; run the prompt in one pass"
-            )
-        if scoring.count == self.layout.length - scoring.first:  # all rows from the first on
-            query = query[:, :, scoring.first - first : self.layout.length - first]
-        else:
-            query = query[:, :, scoring.columns - first]
-        key = key[:, :, : self.layout.length]
-        return attention_mass(query, key, scoring.slots, self.layout.valid, scale, impl=self.settings.impl)
-
-    def _log_mass(self, mass: Tensor) -> Tensor:
-        """log of the mass normalised over the droppable tokens; 0 elsewhere."""
-        masked = mass.masked_fill(~self.droppable, 0.0)
-        share = masked / masked.sum(-1, keepdim=True).clamp_min(_SMALLEST)
-        return share.masked_fill(~self.droppable, 1.0).clamp_min(_SMALLEST).log()
 
     def _log_density(self, log_mass: Tensor, sample: Tensor) -> Tensor:
         """(batch,) Gaussian log-density of the sampled log masses, up to a constant."""

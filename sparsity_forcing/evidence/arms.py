@@ -16,6 +16,7 @@ class Arm:
 
     ``train``, ``sparsity``: keys of params.yaml that differ from it, sections inside as dicts. ``rows``: ``hard``
     trains on the questions that the base answers wrong with dense attention. ``seed``: added to that of params.yaml.
+    ``objective``: one of `alternatives.OBJECTIVES`.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Arm:
     sparsity: dict = field(default_factory=dict)
     rows: Literal["all", "hard"] = "all"
     seed: int = 0
+    objective: str = "grpo"
 
     def params(self, base: Params) -> Params:
         """``base`` with what the arm changes.
@@ -50,6 +52,7 @@ def _spread(lowest: float, highest: float, count: int) -> list[float]:
     return [round(lowest + (highest - lowest) * place / (count - 1), 4) for place in range(count)]
 
 
+SFT = {"prompts_per_step": 32, "beta": 0.0}  # about as long a step as that of 64 rollouts
 ARMS = {
     arm.name: arm
     for arm in (
@@ -87,6 +90,16 @@ ARMS = {
         Arm("budgets_narrow", "budgets from 0.968 on", {"budgets": _spread(0.968, 0.975, 8)}),
         Arm("cache_bytes", "paid for cache bytes instead of the token ratio", {"reward": {"cost": "cache_bytes"}}),
         Arm("latency", "paid for modelled decode latency instead", {"reward": {"cost": "latency"}}),
+        Arm("sft", "fine-tuned on the answers under sparse attention at the deployed budget", SFT, objective="sft"),
+        Arm("sft_entropy", "the same, attention with low entropy rewarded", SFT, objective="entropy"),
+        Arm("sft_largest_share", "the same, a large share of one token rewarded", SFT, objective="largest_share"),
+        Arm("sft_relaxed_ratio", "the same, a relaxed token ratio added to the loss", SFT, objective="relaxed_ratio"),
+        Arm(
+            "dpo",
+            "DPO on rollouts: the right answer that keeps fewest over the rest of its group",
+            {"selection_policy": {"sigma": 0.0}},
+            objective="dpo",
+        ),
         Arm("prefill_sparse", "sparse prefill in training and deployment", sparsity={"prefill": "sparse"}),
         Arm("prefill_dense", "dense prefill in training and deployment", sparsity={"prefill": "dense"}),
     )

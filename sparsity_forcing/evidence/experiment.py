@@ -8,7 +8,9 @@ from pathlib import Path
 
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import Checkpoints, fingerprint
+from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import Row, read_rows
+from sparsity_forcing.evidence.alternatives import OBJECTIVES
 from sparsity_forcing.evidence.arms import Arm
 from sparsity_forcing.files import write_json_atomic
 from sparsity_forcing.lineage import code_digest, dvc_md5, file_digest, git_state, hardware
@@ -16,7 +18,6 @@ from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.rl.sampler import Sampler
-from sparsity_forcing.rl.trainer import Trainer
 from sparsity_forcing.rl.validation import VALIDATED, answered
 from sparsity_forcing.scoring import score_function
 from sparsity_forcing.stages.evaluate import TEST
@@ -27,6 +28,7 @@ from sparsity_forcing.tracking import Run, Tracker
 RESULTS = Path("metrics/evidence")
 CHECKPOINTS = Path("checkpoints/evidence")
 DENSE = 1.0
+QUESTIONS = 5000  # that every policy is judged on
 INPUTS = {BASE: "base", TRAIN: "prepare", VALIDATION: "prepare", TEST: "prepare"}
 
 
@@ -54,7 +56,7 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
             record.dataset(root / split, name=f"{own.data.source}-{split.stem}", split=split.stem)
         with Progress(arm.name, own.train.steps) as progress:
             report = _report(record, progress)
-            trainer = Trainer(
+            trainer = OBJECTIVES[arm.objective](
                 model, processor, rows, validation, own.train, own.sparsity, own.seed, checkpoints, report
             )
             history = trainer.train()
@@ -72,7 +74,7 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
             "replay_max_difference": max(row.get("replay_max_difference", 0.0) for row in history),
             "skipped_steps": int(history[-1]["skipped_steps"]),
             "curve": curve(history),
-            "test": judged(model, processor, own, root),
+            "test": judged(model, processor, own, held_out(params, root)),
         }
         record.metrics({f"eval/{name}": found["test"][str(own.sparsity.p)][name] for name in VALIDATED})
         write_json_atomic(root / RESULTS / f"{arm.name}.json", found)
@@ -88,14 +90,15 @@ def run_base(params: Params, root: Path) -> dict:
     if (done := current("base", made_by, root)) is not None:
         return done
     model, processor = load(root / BASE, params.model.dtype, params.model.device)
-    found = {**head("base", made_by, root), "test": judged(model, processor, params, root)}
+    found = {**head("base", made_by, root), "test": judged(model, processor, params, held_out(params, root))}
     write_json_atomic(root / RESULTS / "base.json", found)
     return found
 
 
 def made_by_arm(arm: Arm, params: Params, root: Path) -> str:
     """Names all that decides an arm's result: code, versions, parameters, base and data."""
-    return fingerprint([made_by_base(arm.params(params), root), arm.rows])
+    objective = [arm.objective, code_digest(["evidence/alternatives.py"])] if arm.objective != "grpo" else []
+    return fingerprint([made_by_base(arm.params(params), root), arm.rows, *objective])
 
 
 def made_by_base(params: Params, root: Path) -> str:
@@ -119,13 +122,22 @@ def head(name: str, made_by: str, root: Path) -> dict:
     return {"name": name, "made_by": made_by, "commit": git.commit, "dirty": git.dirty, "hardware": hardware()}
 
 
-def judged(model, processor, params: Params, root: Path) -> dict[str, dict]:
-    """Results on the test split by budget: the deployed one, the evaluated ones and dense attention.
+def held_out(params: Params, root: Path) -> list[Row]:
+    """The test split; of the source `digits` as many more of its rows as make `QUESTIONS`."""
+    rows = read_rows(root / TEST)
+    if params.data.source != "digits":
+        return rows
+    more = range(len(rows), QUESTIONS)
+    return rows + [digits_row(params.data.digits, params.seed, "test", place) for place in more]
+
+
+def judged(model, processor, params: Params, rows: list[Row]) -> dict[str, dict]:
+    """Results on ``rows`` by budget: the deployed one, the evaluated ones and dense attention.
 
     ``scores`` holds a character per question, "1" where the score is above one half, so that two models are compared
     question by question.
     """
-    rows, score = read_rows(root / TEST), score_function(params.train.reward.correct)
+    score = score_function(params.train.reward.correct)
     budgets = sorted({params.sparsity.p, *params.evaluate.budgets, DENSE})
     found = {}
     with decoder_attention(model):

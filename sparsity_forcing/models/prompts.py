@@ -68,22 +68,24 @@ def append_answers(processor, inputs: dict, answers: Sequence[str]) -> tuple[dic
     Returns the inputs with ``input_ids``, ``attention_mask`` and ``mm_token_type_ids`` extended to (batch, prompt +
     answer), and labels of the same shape: -100 everywhere but on answer tokens.
     """
-    tokenizer = processor.tokenizer
-    ids = [[*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for answer in answers]
-    width = max(map(len, ids))
-    batch, prompt = inputs["input_ids"].shape
-    completion = torch.full((batch, width), tokenizer.pad_token_id, dtype=torch.long)
-    valid = torch.zeros((batch, width), dtype=inputs["attention_mask"].dtype)
-    for row, tokens in enumerate(ids):
-        completion[row, : len(tokens)] = torch.tensor(tokens)
-        valid[row, : len(tokens)] = 1
+    answer, valid = answer_tokens(processor.tokenizer, answers)
+    mask = inputs["attention_mask"]
     extended = dict(inputs)
-    extended["input_ids"] = torch.cat([inputs["input_ids"], completion], dim=1)
-    extended["attention_mask"] = torch.cat([inputs["attention_mask"], valid], dim=1)
+    extended["input_ids"] = torch.cat([inputs["input_ids"], answer], dim=1)
+    extended["attention_mask"] = torch.cat([mask, valid.to(mask.dtype)], dim=1)
     if "mm_token_type_ids" in inputs:
         types = inputs["mm_token_type_ids"]
-        extended["mm_token_type_ids"] = torch.cat([types, types.new_zeros(batch, width)], dim=1)
-    labels = torch.cat(
-        [torch.full((batch, prompt), -100, dtype=torch.long), completion.masked_fill(valid == 0, -100)], dim=1
-    )
+        extended["mm_token_type_ids"] = torch.cat([types, types.new_zeros(answer.shape)], dim=1)
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answer.masked_fill(~valid, -100)], dim=1)
     return extended, labels
+
+
+def answer_tokens(tokenizer, answers: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(batch, longest) ids of the answers, each with its end token and then padding; bool, where they are real."""
+    ids = [[*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for answer in answers]
+    tokens = torch.full((len(ids), max(map(len, ids))), tokenizer.pad_token_id, dtype=torch.long)
+    valid = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, answer in enumerate(ids):
+        tokens[row, : len(answer)] = torch.tensor(answer)
+        valid[row, : len(answer)] = True
+    return tokens, valid

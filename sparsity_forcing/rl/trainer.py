@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -155,9 +156,23 @@ class Trainer:
             )  # fmt: skip
 
     def _one_step(self) -> None:
-        clock = [time.perf_counter()]
-        config = self.config
-        rows = self._own(rows_of_step(self.rows, self.step, config.prompts_per_step, self.seed))
+        rows = self._own(rows_of_step(self.rows, self.step, self.config.prompts_per_step, self.seed))
+        metrics, table = self.learn(rows)
+        self.step += 1
+        metrics |= {"learning_rate": self.schedule.get_last_lr()[0], "skipped_steps": self.updater.skipped_steps}
+        if self.step == 1:
+            metrics |= self._start
+        if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
+            metrics |= {f"validation_{name}": value for name, value in self._validate_and_keep_best().items()}
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self.history.append(metrics)
+        if self.accelerator.is_main_process:
+            logs_samples = self.step % self.config.log_samples_every == 0 or self.step == self.config.steps
+            self.on_step(metrics, table() if logs_samples else None)
+
+    def learn(self, rows: Sequence[Row]) -> tuple[dict[str, float], Callable[[], list[dict]]]:
+        """What a step does with its rows; its metrics, and what makes the table of its samples."""
+        clock, config = [time.perf_counter()], self.config
         with explained_memory("lower train.rollout_prompts, or train.max_completion_length"):
             parts = self._roll_out(rows)
         clock.append(time.perf_counter())
@@ -171,31 +186,18 @@ class Trainer:
             clock.append(time.perf_counter())
             updated = self.updater.update(batches, self.step + 1)
         clock.append(time.perf_counter())
-
-        self.step += 1
-        metrics = step_metrics(self.step, facts, judged.rewards, judged.advantages) | updated
+        metrics = step_metrics(self.step + 1, facts, judged.rewards, judged.advantages) | updated
         if config.beta == 0:
             del metrics["kl"]  # there is no reference
         self._look_at_replay(metrics)
         metrics |= {
-            "learning_rate": self.schedule.get_last_lr()[0],
-            "skipped_steps": self.updater.skipped_steps,
             "seconds": clock[3] - clock[0],
             "seconds_rollout": clock[1] - clock[0],
             "seconds_reference": clock[2] - clock[1],
             "seconds_update": clock[3] - clock[2],
             "new_tokens_per_second": metrics["new_tokens"] / (clock[1] - clock[0]),
         }
-        if self.step == 1:
-            metrics |= self._start
-        if self.step % config.validate_every == 0 or self.step == config.steps:
-            metrics |= {f"validation_{name}": value for name, value in self._validate_and_keep_best().items()}
-        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self.history.append(metrics)
-        if self.accelerator.is_main_process:
-            logs_samples = self.step % config.log_samples_every == 0 or self.step == config.steps
-            table = sample_table(rows, texts, facts, judged.rewards, judged.advantages) if logs_samples else None
-            self.on_step(metrics, table)
+        return metrics, partial(sample_table, rows, texts, facts, judged.rewards, judged.advantages)
 
     def _roll_out(self, rows: Sequence[Row]) -> list[Part]:
         """The rollouts of this process's rows. Noise belongs to the rows that are rolled out together."""

@@ -75,11 +75,11 @@ class Updater:
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums.get(name, 0) + value
             differences.append((logps.detach() - rollouts.logps).abs()[rollouts.completion_mask])
-        grad_norm = self._take_step(step)
+        grad_norm = self.take_step(step)
         values = self.accelerator.reduce(torch.stack(list(sums.values())).float(), "sum").tolist()
         return dict(zip(sums, values, strict=True)) | {"grad_norm": grad_norm}, self._gathered(torch.cat(differences))
 
-    def _take_step(self, step: int) -> float:
+    def take_step(self, step: int) -> float:
         """Clips and steps, unless the gradient is not finite; the norm before clipping."""
         grad_norm = float(self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm))
         if math.isfinite(grad_norm):

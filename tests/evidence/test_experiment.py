@@ -22,6 +22,7 @@ from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import read_rows, write_rows
 from sparsity_forcing.evidence import __main__ as command
 from sparsity_forcing.evidence import experiment, gradient
+from sparsity_forcing.evidence.alternatives import OBJECTIVES
 from sparsity_forcing.evidence.arms import ARMS, Arm
 from sparsity_forcing.evidence.experiment import run_arm, run_base
 from sparsity_forcing.evidence.summary import GRADIENTS, read_results, write_summary
@@ -34,8 +35,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def prepared(workspace) -> Path:
+def prepared(workspace, monkeypatch) -> Path:
     """A workspace after the stages prepare and base."""
+    monkeypatch.setattr(experiment, "QUESTIONS", 8)
     params = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
     params["train"] |= {"steps": 2, "validate_every": 1, "validation_rows": 4, "accuracy_guard": 1.0}
     params["evaluate"]["budgets"] = [0.8]
@@ -57,8 +59,8 @@ def test_from_the_base_to_the_page(prepared):
     base, found = run_base(params, prepared), run_arm(ARMS["literal"], params, prepared)
     budget = str(params.sparsity.p)
     assert [point["step"] for point in found["curve"]] == [0, 1, 2]
-    assert found["test"][budget]["questions"] == 6
-    assert len(found["test"]["1.0"]["scores"]) == 6
+    assert found["test"][budget]["questions"] == 8  # 6 are in the split
+    assert len(found["test"]["1.0"]["scores"]) == 8
     assert found["test"]["1.0"]["visual_token_ratio"] == 1
     assert 0 < found["test"][budget]["visual_token_ratio"] < 1
     assert found["changed"]["train"] == ARMS["literal"].train
@@ -105,7 +107,8 @@ def test_hard_questions_are_those_the_base_gets_wrong(prepared, monkeypatch):
     found = experiment.wrongly_answered(model, processor, rows, params)
     assert [row.id for row in found] == [row.id for row in rows[::2]]
     seen = {}
-    monkeypatch.setattr(experiment, "Trainer", lambda model, processor, rows, *rest: seen.update(rows=rows) or 1 / 0)
+    trainer = lambda model, processor, rows, *rest: seen.update(rows=rows) or 1 / 0  # noqa: E731
+    monkeypatch.setitem(OBJECTIVES, "grpo", trainer)
     with pytest.raises(ZeroDivisionError):
         run_arm(Arm("hard", "", rows="hard"), params, prepared)
     assert [row.id for row in seen["rows"]] == [row.id for row in rows[::2]]
@@ -199,4 +202,5 @@ def test_every_arm_changes_one_thing_and_keeps_the_number_of_rollouts():
     for name, arm in ARMS.items():
         changed = arm.params(params)
         assert (changed != params) == (name not in ("default", "hard"))
-        assert changed.train.prompts_per_step * changed.train.num_generations == 64
+        if arm.objective in ("grpo", "dpo"):
+            assert changed.train.prompts_per_step * changed.train.num_generations == 64

@@ -27,7 +27,7 @@ def gradients_of_a_step(directory, monkeypatch, train, sparsity, **changes) -> t
         trainer.updater.optimizer.zero_grad()
         return 0.0
 
-    monkeypatch.setattr(trainer.updater, "_take_step", keep)
+    monkeypatch.setattr(trainer.updater, "take_step", keep)
     with decoder_attention(trainer.model), decoder_attention(trainer.reference):
         trainer._start = {}
         trainer._one_step()
