@@ -231,7 +231,7 @@ class RewardParams(_Section):
     """r = correct + weight_efficiency * C * (1 - cost), C = 1 for a group in which any rollout is right.
 
     ``correct``: a score function of `sparsity_forcing.scoring` by name (exact_match, numeric, multiple_choice, relaxed,
-    anls) or ``module:function``.
+    anls, math_equal) or ``module:function``.
 
     ``cost``, relative to dense attention: the ``token_ratio`` (the paper's); the ``cache_bytes``, generated tokens
     included; or the ``latency`` of a decode step that ``latency_batch`` answers share, modelled by the bytes it reads.

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import math
 import re
+import threading
 import unicodedata
 from collections.abc import Callable
 from functools import wraps
@@ -79,8 +80,25 @@ def anls(prediction: str, answer: str) -> float:
     return similarity if similarity >= 0.5 else 0.0
 
 
+def math_equal(prediction: str, answer: str) -> float:
+    """1 if the last expression of the prediction equals the answer: "0.5", r"\\boxed{1/2}" and r"$\\frac{2}{4}$" do.
+
+    Expressions are read and compared by math-verify, which gives up after 5 seconds. The answer is an expression as it
+    stands or has one in dollars or a box. What is not an expression must match exactly.
+    Source: https://github.com/huggingface/Math-Verify
+    """
+    from math_verify import parse, verify
+
+    # Its time limit is an alarm signal, which only a main thread can have.
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    marked = "$" in answer or "\\boxed" in answer
+    expected = parse(answer if marked else f"${answer}$", parsing_timeout=limit)
+    equal = verify(expected, parse(prediction, parsing_timeout=limit), timeout_seconds=limit)
+    return float(equal) or exact_match(prediction, answer)
+
+
 SCORE_FUNCTIONS: dict[str, ScoreFunction] = {
-    function.__name__: function for function in (exact_match, numeric, multiple_choice, relaxed, anls)
+    function.__name__: function for function in (exact_match, numeric, multiple_choice, relaxed, anls, math_equal)
 }
 
 

@@ -1,6 +1,7 @@
 """Score functions by hand-made cases, the known ways to cheat among them."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -57,6 +58,17 @@ def test_an_empty_prediction_scores_zero_for_the_users_own_function_too():
         ("numeric", "-3", "3", 0),
         ("numeric", "1e3", "1000", 1),
         ("numeric", "twelve", "12", 0),
+        ("math_equal", "The answer is $\\frac{2}{4}$.", "\\frac{1}{2}", 1),
+        ("math_equal", "0.5", "1/2", 1),
+        ("math_equal", "\\boxed{1 + x^2}", "x^2 + 1", 1),
+        ("math_equal", "$\\sqrt{8}$", "2\\sqrt{2}", 1),
+        ("math_equal", "x^2 + 2", "x^2 + 1", 0),
+        ("math_equal", "7", "8", 0),
+        ("math_equal", "0 1 2 3 4 5 6 7 8 9", "7", 0),
+        ("math_equal", "it is a cat", "7", 0),
+        ("math_equal", "it is 0.1", "10%", 1),
+        ("math_equal", "12", "so it is $12$", 1),
+        ("math_equal", "A Cat", "a cat", 1),
         ("multiple_choice", "B", "b", 1),
         ("multiple_choice", "(B) a cat", "B", 1),
         ("multiple_choice", "B. a cat", "B", 1),
@@ -123,3 +135,8 @@ def test_the_code_of_the_users_function_is_its_file_or_its_whole_package(tmp_pat
 def test_a_score_outside_0_to_1_is_an_error(function):
     with pytest.raises(ScoreError, match="a score is a number in 0-1"):
         score_function(f"{__name__}:{function}")("x", "y")
+
+
+def test_expressions_are_compared_outside_the_main_thread_too():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(score_function("math_equal"), "0.5", "1/2").result() == 1
