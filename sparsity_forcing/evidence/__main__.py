@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from sparsity_forcing.__main__ import explains_itself, explanation, set_environment
-from sparsity_forcing.evidence import gradient
+from sparsity_forcing.evidence import gradient, lengths
 from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base
 from sparsity_forcing.evidence.summary import write_summary
@@ -27,7 +27,7 @@ from sparsity_forcing.params import load_params
 from sparsity_forcing.stages.inputs import require_inputs
 
 ROOT = Path(".")
-UNTRAINED = {"base": run_base, "gradient": gradient.measure}
+UNTRAINED = {"base": run_base, "gradient": gradient.measure, "lengths": lengths.measure}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 

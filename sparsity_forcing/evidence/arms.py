@@ -16,7 +16,7 @@ class Arm:
 
     ``train``, ``sparsity``: keys of params.yaml that differ from it, sections inside as dicts. ``rows``: ``hard``
     trains on the questions that the base answers wrong with dense attention. ``seed``: added to that of params.yaml.
-    ``objective``: one of `alternatives.OBJECTIVES`.
+    ``objective``: one of `alternatives.OBJECTIVES`. ``at_any_budget``: judged at `ANY_BUDGET` too.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Arm:
     rows: Literal["all", "hard"] = "all"
     seed: int = 0
     objective: str = "grpo"
+    at_any_budget: bool = False
 
     def params(self, base: Params) -> Params:
         """``base`` with what the arm changes.
@@ -52,13 +53,18 @@ def _spread(lowest: float, highest: float, count: int) -> list[float]:
     return [round(lowest + (highest - lowest) * place / (count - 1), 4) for place in range(count)]
 
 
+ANY_BUDGET = (0.5, 0.6, 0.7, 0.8, 0.9)
+LONGER = {"steps": 600}
 SFT = {"prompts_per_step": 32, "beta": 0.0}  # about as long a step as that of 64 rollouts
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("default", "what the parameters of params.yaml give"),
+        Arm("default", "what the parameters of params.yaml give", at_any_budget=True),
         Arm("default_seed_1", "the same with another seed", seed=1),
         Arm("default_seed_2", "the same with another seed", seed=2),
+        Arm("longer", "twice as many steps", LONGER, at_any_budget=True),
+        Arm("longer_seed_1", "the same with another seed", LONGER, seed=1),
+        Arm("longer_seed_2", "the same with another seed", LONGER, seed=2),
         Arm(
             "literal",
             "the paper's objective as written: token log-probabilities alone, plain group advantages",
@@ -86,7 +92,7 @@ ARMS = {
             "groups of 4, as many rollouts",
             {"num_generations": 4, "prompts_per_step": 16, "budgets": [0.94, 0.95, 0.965, 0.975]},
         ),
-        Arm("budgets_wide", "budgets from 0.6 on", {"budgets": _spread(0.6, 0.975, 8)}),
+        Arm("budgets_wide", "budgets from 0.6 on", {"budgets": _spread(0.6, 0.975, 8)}, at_any_budget=True),
         Arm("budgets_narrow", "budgets from 0.968 on", {"budgets": _spread(0.968, 0.975, 8)}),
         Arm("cache_bytes", "paid for cache bytes instead of the token ratio", {"reward": {"cost": "cache_bytes"}}),
         Arm("latency", "paid for modelled decode latency instead", {"reward": {"cost": "latency"}}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparsity_forcing.attention.api import decoder_attention
@@ -11,7 +12,7 @@ from sparsity_forcing.checkpoints import Checkpoints, fingerprint
 from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import Row, read_rows
 from sparsity_forcing.evidence.alternatives import OBJECTIVES
-from sparsity_forcing.evidence.arms import Arm
+from sparsity_forcing.evidence.arms import ANY_BUDGET, Arm
 from sparsity_forcing.files import write_json_atomic
 from sparsity_forcing.lineage import code_digest, dvc_md5, file_digest, git_state, hardware
 from sparsity_forcing.models.load import load
@@ -28,6 +29,7 @@ from sparsity_forcing.tracking import Run, Tracker
 RESULTS = Path("metrics/evidence")
 CHECKPOINTS = Path("checkpoints/evidence")
 DENSE = 1.0
+TOKENS = ("prompt_tokens", "new_tokens")  # of a rollout: those of its prompt, counted once a prompt; those it sampled
 QUESTIONS = 5000  # that every policy is judged on
 INPUTS = {BASE: "base", TRAIN: "prepare", VALIDATION: "prepare", TEST: "prepare"}
 
@@ -67,14 +69,14 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
             "changed": {"train": arm.train, "sparsity": arm.sparsity, "rows": arm.rows},
             "training_rows": len(rows),
             "prompts": len(history) * own.train.prompts_per_step,
-            "rollouts": int(sum(row["rollouts"] for row in history)),
+            **{name: int(sum(row.get(name, 0) for row in history)) for name in ("rollouts", *TOKENS)},
             "seconds": round(trainer.seconds, 1),
             "policy_step": trainer.best["step"] if trainer.best else len(history),
             "within_guard": trainer.best is not None,
             "replay_max_difference": max(row.get("replay_max_difference", 0.0) for row in history),
             "skipped_steps": int(history[-1]["skipped_steps"]),
             "curve": curve(history),
-            "test": judged(model, processor, own, held_out(params, root)),
+            "test": judged(model, processor, own, held_out(params, root), ANY_BUDGET if arm.at_any_budget else ()),
         }
         record.metrics({f"eval/{name}": found["test"][str(own.sparsity.p)][name] for name in VALIDATED})
         write_json_atomic(root / RESULTS / f"{arm.name}.json", found)
@@ -90,7 +92,10 @@ def run_base(params: Params, root: Path) -> dict:
     if (done := current("base", made_by, root)) is not None:
         return done
     model, processor = load(root / BASE, params.model.dtype, params.model.device)
-    found = {**head("base", made_by, root), "test": judged(model, processor, params, held_out(params, root))}
+    found = {
+        **head("base", made_by, root),
+        "test": judged(model, processor, params, held_out(params, root), ANY_BUDGET),
+    }
     write_json_atomic(root / RESULTS / "base.json", found)
     return found
 
@@ -98,12 +103,12 @@ def run_base(params: Params, root: Path) -> dict:
 def made_by_arm(arm: Arm, params: Params, root: Path) -> str:
     """Names all that decides an arm's result: code, versions, parameters, base and data."""
     objective = [arm.objective, code_digest(["evidence/alternatives.py"])] if arm.objective != "grpo" else []
-    return fingerprint([made_by_base(arm.params(params), root), arm.rows, *objective])
+    return fingerprint([made_by_base(arm.params(params), root), arm.rows, arm.at_any_budget, *objective])
 
 
 def made_by_base(params: Params, root: Path) -> str:
     """The same for what is not trained."""
-    judging = [params.evaluate.budgets, params.model.device, code_digest(["evidence/experiment.py"])]
+    judging = [params.evaluate.budgets, ANY_BUDGET, params.model.device, code_digest(["evidence/experiment.py"])]
     return fingerprint([identity(params, root, 1), judging, file_digest(root / TEST, "sha256")])
 
 
@@ -131,18 +136,18 @@ def held_out(params: Params, root: Path) -> list[Row]:
     return rows + [digits_row(params.data.digits, params.seed, "test", place) for place in more]
 
 
-def judged(model, processor, params: Params, rows: list[Row]) -> dict[str, dict]:
-    """Results on ``rows`` by budget: the deployed one, the evaluated ones and dense attention.
+def judged(model, processor, params: Params, rows: list[Row], more: Sequence[float] = ()) -> dict[str, dict]:
+    """Results on ``rows`` by budget: the deployed one, the evaluated ones, ``more`` and dense attention.
 
     ``scores`` holds a character per question, "1" where the score is above one half, so that two models are compared
     question by question.
     """
     score = score_function(params.train.reward.correct)
-    budgets = sorted({params.sparsity.p, *params.evaluate.budgets, DENSE})
+    budgets = sorted({params.sparsity.p, *params.evaluate.budgets, *more, DENSE})
     found = {}
     with decoder_attention(model):
         for p in budgets:
-            answers = answered(_sampler(model, processor, params, p), rows, score)
+            answers = answered(sampler_at(model, processor, params, p), rows, score)
             means = dict(zip(VALIDATED, answers.mean(0).tolist(), strict=True))
             scores = "".join("1" if value > 0.5 else "0" for value in answers[:, 0])
             found[str(p)] = {**means, "questions": len(rows), "scores": scores}
@@ -153,7 +158,7 @@ def wrongly_answered(model, processor, rows: list[Row], params: Params) -> list[
     """The rows whose greedy answer with dense attention is wrong."""
     score = score_function(params.train.reward.correct)
     with decoder_attention(model):
-        answers = answered(_sampler(model, processor, params, DENSE), rows, score)
+        answers = answered(sampler_at(model, processor, params, DENSE), rows, score)
     return [row for row, right in zip(rows, answers[:, 0] > 0.5, strict=True) if not right]
 
 
@@ -168,7 +173,7 @@ def curve(history: list[dict]) -> list[dict]:
     return [start, *later]
 
 
-def _sampler(model, processor, params: Params, p: float) -> Sampler:
+def sampler_at(model, processor, params: Params, p: float) -> Sampler:
     return Sampler(model, processor, params.train, params.sparsity.model_copy(update={"p": p}))
 
 

@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import read_rows, write_rows
 from sparsity_forcing.evidence import __main__ as command
-from sparsity_forcing.evidence import experiment, gradient
+from sparsity_forcing.evidence import experiment, gradient, lengths
 from sparsity_forcing.evidence.alternatives import OBJECTIVES
 from sparsity_forcing.evidence.arms import ARMS, Arm
 from sparsity_forcing.evidence.experiment import run_arm, run_base
-from sparsity_forcing.evidence.summary import GRADIENTS, read_results, write_summary
+from sparsity_forcing.evidence.summary import read_results, write_summary
+from sparsity_forcing.evidence.tables import GRADIENTS
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import DigitsParams, ParamsError, load_params
 from sparsity_forcing.rl.facts import Facts, credit
@@ -126,6 +127,27 @@ def test_gradients_of_a_small_base(prepared, monkeypatch):
     assert gradient.measure(params, prepared, draws=3) == found  # nothing to do
     with pytest.raises(ParamsError, match=r"needs train\.selection_policy\.sigma above 0"):
         gradient.measure(ARMS["literal"].params(params), prepared)
+
+
+def test_lengths_of_a_small_base_and_policy(prepared, monkeypatch):
+    monkeypatch.setattr(lengths, "GRIDS", (4, 6))
+    monkeypatch.setattr(lengths, "ROWS", 3)
+    monkeypatch.setattr(lengths, "BATCH", 2)
+    params = load_params(prepared / "params.yaml")
+    with pytest.raises(InputError, match="models/policy"):
+        lengths.measure(params, prepared)
+    shutil.copytree(prepared / "models/base", prepared / "models/policy")
+    found = lengths.measure(params, prepared)["lengths"]
+    assert [(one["checkpoint"], one["visual_tokens"]) for one in found[::2]] == [
+        (checkpoint, tokens) for checkpoint in ("base", "policy") for tokens in (16, 36)
+    ]
+    assert all((one["visual_token_ratio"] == 1) == (one["p"] == 1) for one in found)
+    assert [one["visual_token_ratio"] for one in found[:4]] == [one["visual_token_ratio"] for one in found[4:]]
+    monkeypatch.setattr(lengths, "load", None)
+    assert lengths.measure(params, prepared)["lengths"] == found  # nothing to do
+    other = params.model_copy(update={"data": params.data.model_copy(update={"source": "parquet"})})
+    with pytest.raises(ParamsError, match=r"need data\.source digits"):
+        lengths.measure(other, prepared)
 
 
 def test_the_parts_of_an_advantage_add_up_to_it():

@@ -6,12 +6,15 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from sparsity_forcing.evidence.arms import ARMS
-from sparsity_forcing.evidence.summary import (
+from sparsity_forcing.evidence.summary import quoted
+from sparsity_forcing.evidence.tables import (
     GRADIENTS,
     arms_table,
+    budgets_table,
+    cost_text,
     gradient_table,
+    lengths_table,
     paired,
-    quoted,
     seeds_text,
     student_interval,
 )
@@ -83,9 +86,10 @@ def test_the_interval_over_seeds_is_students():
 
 
 def test_seeds_are_only_spoken_of_when_all_have_run():
-    assert seeds_text(RESULTS, "0.975") == "Seeds: not measured."
+    assert seeds_text(RESULTS, "0.975").count("3 seeds: not measured.") == 2
+    assert seeds_text({}, "0.975").count("3 seeds: not measured.") == 2
     seeds = {name: result(name, 0.3, "1111111100") for name in ("default_seed_1", "default_seed_2")}
-    assert "visual tokens kept 30.3%" in seeds_text(RESULTS | seeds, "0.975")
+    assert "- `default`, 3 seeds: visual tokens kept 30.3%" in seeds_text(RESULTS | seeds, "0.975")
 
 
 def test_the_gradient_table_names_every_part():
@@ -95,3 +99,35 @@ def test_the_gradient_table_names_every_part():
     assert table.startswith("40 draws of the rollouts of 32 prompts")
     assert table.count("| 1.00e-03 | 1.0e-04 | 10.0 | 0.001 |") == 4
     assert table.count("| – | – |") == 1
+
+
+def test_budgets_are_compared_for_those_that_were_judged_at_them():
+    results = {name: result(name, ratio, "1111111100") for name, ratio in (("base", 0.9), ("default", 0.3))}
+    for name, found in results.items():
+        found["test"]["0.5"] = {"accuracy": 0.25 if name == "base" else 0.75, "visual_token_ratio": 0.125}
+    lines = budgets_table(results | {"literal": result("literal", 0.9, "1111111100")}).splitlines()
+    assert lines[0] == "| p | `base` | `default` |"
+    assert lines[2] == "| 0.5 | 25.0% at 12.5% | 75.0% at 12.5% |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0.5", "| 0.975", "| 1.0"]
+    assert budgets_table({}) == "not measured"
+
+
+def test_lengths_are_in_order():
+    at = [
+        {"checkpoint": checkpoint, "visual_tokens": tokens, "p": p, "questions": 24, "accuracy": 0.5}
+        | {"visual_token_ratio": 1.0 if p == 1 else 64 / tokens}
+        for checkpoint in ("base", "policy")
+        for tokens in (4096, 64)
+        for p in (0.975, 1.0)
+    ]
+    lines = lengths_table({"lengths": at}).splitlines()
+    assert lines[0] == "24 questions a length, p = 0.975."
+    assert lines[4] == "| 64 | 100.0% | 100.0% | 50.0%, 50.0% | 50.0%, 50.0% |"
+    assert lines[5].startswith("| 4,096 | 1.6% | 1.6% |")
+
+
+def test_the_cost_is_said_in_full():
+    found = {"name": "default", "rollouts": 19200, "prompts": 2400, "prompt_tokens": 10**6, "new_tokens": 70000}
+    assert cost_text(found | {"seconds": 360.0}).startswith(
+        "`default`: 19,200 rollouts of 2,400 prompts, 1,000,000 prompt tokens and 70,000 sampled tokens, 0.10 hours"
+    )
