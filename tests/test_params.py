@@ -6,8 +6,11 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from sparsity_forcing.data.digits import corpus
+from sparsity_forcing.models.tiny import build_model, build_processor
 from sparsity_forcing.params import Params, ParamsError, load_params, parse_params
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +43,16 @@ def test_the_paper_preset_has_the_settings_of_the_paper():
     assert params.model.name == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert params.train.budgets == (0.94, 0.945, 0.95, 0.955, 0.96, 0.965, 0.97, 0.975)
     assert (params.train.num_generations, params.sparsity.p) == (8, 0.975)
+
+
+def test_the_gpu_preset_has_long_prompts_and_a_model_to_match():
+    params = load_params(ROOT / "presets" / "digits-gpu.yaml")
+    assert min(params.data.digits.grids) ** 2 >= 1024
+    assert set(params.data.digits.grids) == set(params.model.curriculum[-1].grids)
+    assert params.data.digits.test_rows >= 5000
+    with torch.device("meta"):
+        model = build_model(params.model.scratch, build_processor(corpus()).tokenizer, seed=0)
+    assert 30e6 < sum(weight.numel() for weight in model.parameters()) < 50e6
 
 
 @pytest.mark.parametrize(
