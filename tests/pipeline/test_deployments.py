@@ -69,7 +69,7 @@ def prefect(*arguments: str) -> list[str]:
 def stop(process: subprocess.Popen) -> None:
     process.terminate()
     try:
-        process.wait(20)
+        process.wait(5)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
