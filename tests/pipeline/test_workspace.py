@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.pipeline import main
 from flows.workspace import StageError, WorkspaceError, check_workspace, is_up_to_date, reproduce
 from sparsity_forcing.params import ParamsError
 
@@ -103,13 +104,19 @@ def test_a_key_that_dvc_needs_written_out_is_named_before_dvc_removes_outputs(to
         check_workspace(root)
 
 
-def test_files_that_dvc_does_not_see_are_told_before_anything_runs(toy_workspace, capsys):
+def test_files_that_dvc_does_not_see_are_told_when_nothing_else_would_say_it(toy_workspace, capsys, monkeypatch):
+    """Nothing is out of date, as far as DVC knows."""
     root = toy_workspace("touch out")
     values = yaml.safe_load((root / "params.yaml").read_text())
     data = {"source": "chat_jsonl", "user": {"path": "/tmp/rows.jsonl"}}
     (root / "params.yaml").write_text(yaml.safe_dump(values | {"data": data}))
     check_workspace(root)
-    assert "data.user.path '/tmp/rows.jsonl' is outside user_data/" in capsys.readouterr().out
+    reproduce("prepare", root)
+    monkeypatch.chdir(root)
+    main([])
+    said = capsys.readouterr().out
+    assert "data.user.path '/tmp/rows.jsonl' is outside user_data/" in said
+    assert "Everything is up to date: nothing was run." in said
 
 
 def test_a_model_that_was_put_among_the_outputs_is_refused_and_still_there(smoke_workspace):
