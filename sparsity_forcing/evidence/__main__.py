@@ -1,6 +1,6 @@
 """`python -m sparsity_forcing.evidence [EXPERIMENT …]`: runs what has not run yet, then writes docs/evidence.md.
 
-Needs the pipeline's base and data (`make pipeline`). Every experiment is a process of its own; a training that was
+Needs what the pipeline made (`make pipeline`). Every experiment is a process of its own; a training that was
 interrupted goes on from its last checkpoint. The last line printed is one JSON object with the figures that are quoted.
 """
 
@@ -19,12 +19,16 @@ from typing import Annotated
 import typer
 
 from sparsity_forcing.__main__ import explains_itself, explanation, set_environment
+from sparsity_forcing.data.digits_source import digits_row
+from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.evidence import gradient, lengths
 from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base
 from sparsity_forcing.evidence.summary import write_summary
-from sparsity_forcing.params import load_params
+from sparsity_forcing.params import Params, ParamsError, load_params
+from sparsity_forcing.stages.evaluate import TEST
 from sparsity_forcing.stages.inputs import require_inputs
+from sparsity_forcing.stages.train import POLICY
 
 ROOT = Path(".")
 UNTRAINED = {"base": run_base, "gradient": gradient.measure, "lengths": lengths.measure}
@@ -46,7 +50,8 @@ def main(
     names = list(dict.fromkeys(["base", *(experiments or known)]))
     try:
         params = load_params(ROOT / "params.yaml")
-        require_inputs(ROOT, INPUTS)
+        require_inputs(ROOT, INPUTS | ({POLICY: "train"} if "lengths" in names else {}))
+        require_same_data(params, ROOT)
         for name in names:
             if name in ARMS:
                 ARMS[name].params(params)
@@ -63,6 +68,15 @@ def main(
     if failed:
         typer.echo(f"evidence: did not finish, see above: {', '.join(failed)}; what ran is kept", err=True)
         raise typer.Exit(1)
+
+
+def require_same_data(params: Params, root: Path) -> None:
+    """Raises ParamsError where the test split is not what `held_out` would go on with."""
+    if params.data.source == "digits":
+        last = read_rows(root / TEST)[-1]
+        place = params.data.digits.test_rows - 1
+        if last != digits_row(params.data.digits, params.seed, "test", place):
+            raise ParamsError(f"{TEST} was not made with these parameters of data.digits; run `make pipeline` first")
 
 
 def run_all(names: Sequence[str], jobs: int) -> list[str]:

@@ -14,6 +14,8 @@ from sparsity_forcing.attention.context import SparseContext
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.generation.forward import run_prefix, run_rest, token_logps
 from sparsity_forcing.models.prompts import answer_tokens
+from sparsity_forcing.params import TrainParams
+from sparsity_forcing.rl.errors import TrainingError
 from sparsity_forcing.rl.trainer import Trainer
 
 Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,10 +30,10 @@ class ObservedContext(SparseContext):
         super().__init__(*args, **options)
         self.log_shares: dict[int, Tensor] = {}
 
-    def choose(self, layer: int, query: Tensor, key: Tensor, first: int, scale: float) -> Tensor:
-        self.log_shares[layer] = self.log_share(self.mass(layer, query, key, first, scale))
-        with torch.no_grad():
-            return super().choose(layer, query, key, first, scale)
+    def mass(self, layer: int, query: Tensor, key: Tensor, first: int, scale: float) -> Tensor:
+        found = super().mass(layer, query, key, first, scale)
+        self.log_shares[layer] = self.log_share(found)
+        return found.detach()  # the selection has no gradient
 
 
 def entropy(log_share: Tensor, droppable: Tensor, kept: Tensor) -> Tensor:
@@ -55,10 +57,14 @@ def relaxed_ratio(log_share: Tensor, droppable: Tensor, kept: Tensor) -> Tensor:
 
 class Supervised(Trainer):
     """Cross-entropy of the rows' answers under sparse attention at the deployed budget, plus ``weight`` times the mean
-    ``penalty`` of the layers. Without a penalty: fine-tuning of the rule itself. No rollouts, no reference."""
+    ``penalty`` of the layers. Without a penalty: fine-tuning under the rule itself. No rollouts, no reference.
+
+    A step is one pass over its rows, whatever train.micro_batch_prompts, logits_chunk and gradient_checkpointing say.
+    """
 
     def __init__(self, *args: object, penalty: Penalty | None = None, weight: float = 0.0) -> None:
         super().__init__(*args)
+        require_one_pass(self.config)
         self.penalty, self.weight = penalty, weight
 
     def learn(self, rows: Sequence[Row]) -> tuple[dict[str, float], Callable[[], list[dict]]]:
@@ -72,7 +78,8 @@ class Supervised(Trainer):
         cache = run_prefix(self.model, prompts, 1)
         logits = run_rest(self.model, prompts, 1, cache, answers, mask, context, answers.shape[1] + 1)[:, :-1]
         loss = -token_logps(logits, answers, 1.0, self.sampler.suppressed)[mask].mean()
-        metrics = {"cross_entropy": float(loss.detach())}
+        right = ((logits.argmax(-1) == answers) | ~mask).all(-1)  # what a greedy answer needs
+        metrics = {"cross_entropy": float(loss.detach()), "accuracy": float(right.float().mean())}
         if self.penalty is not None:
             penalties = [
                 self.penalty(share, context.droppable, context.kept[layer]).mean()
@@ -89,7 +96,14 @@ class Supervised(Trainer):
 
 class Preferences(Trainer):
     """DPO (arXiv 2305.18290) on pairs of rollouts of one group: the right answer with the lowest token ratio over each
-    of the others; groups without a right answer make no pair. The reference is the dense one of `Trainer`."""
+    of the others, so that most pairs of a good model are one answer at two budgets; groups without a right answer make
+    no pair. The reference is the dense one of `Trainer`; a step is one pass, as of `Supervised`."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        require_one_pass(self.config)
+        if not self.config.beta:
+            raise TrainingError("DPO needs the dense reference: set train.beta above 0, got 0")
 
     def learn(self, rows: Sequence[Row]) -> tuple[dict[str, float], Callable[[], list[dict]]]:
         began = time.perf_counter()
@@ -108,11 +122,23 @@ class Preferences(Trainer):
             "step": self.step + 1,
             "loss": float(loss.detach()),
             "pairs": float(pairs.sum()),
+            "accuracy": float(facts.correct.mean()),
             "rollouts": float(facts.correct.numel()),
+            "prompt_tokens": float(facts.prompt.sum()),
+            "new_tokens": float(facts.length.sum()),
             "visual_token_ratio": float(part.rollouts.visual_token_ratio.mean()),
         }
         metrics["grad_norm"] = self.updater.take_step(self.step + 1)
         return metrics | {"seconds": time.perf_counter() - began}, list
+
+
+def require_one_pass(config: TrainParams) -> None:
+    """Raises TrainingError where the parameters ask for more than one pass a step."""
+    if config.num_iterations != 1 or config.rollout_prompts is not None:
+        raise TrainingError(
+            "an alternative takes one pass a step: set train.num_iterations to 1 and leave train.rollout_prompts out, "
+            f"got {config.num_iterations} and {config.rollout_prompts}"
+        )
 
 
 def preferred(correct: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The experiments: each is the training of params.yaml with one thing changed."""
+"""The experiments: each is the training of params.yaml with what its line says changed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _spread(lowest: float, highest: float, count: int) -> list[float]:
 
 ANY_BUDGET = (0.5, 0.6, 0.7, 0.8, 0.9)
 LONGER = {"steps": 600}
-SFT = {"prompts_per_step": 32, "beta": 0.0}  # about as long a step as that of 64 rollouts
+SFT = {"prompts_per_step": 32, "beta": 0.0}
 ARMS = {
     arm.name: arm
     for arm in (

@@ -102,7 +102,8 @@ def measure(params: Params, root: Path, draws: int = 40) -> dict:
 
 def made_by_gradient(params: Params, root: Path, draws: int = 40) -> str:
     """Names all that decides the result."""
-    return fingerprint([identity(params, root, 1), PROMPTS, draws, code_digest(["evidence/gradient.py"])])
+    both = [identity(one, root, 1) for one in (params, ARMS["literal"].params(params))]
+    return fingerprint([both, params.model.device, PROMPTS, draws, code_digest(["evidence/gradient.py"])])
 
 
 def _gradients(params: Params, root: Path, draws: int, title: str) -> dict[str, Tensor]:

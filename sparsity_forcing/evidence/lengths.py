@@ -28,7 +28,7 @@ CHECKPOINTS = {"base": BASE, "policy": POLICY}
 def measure(params: Params, root: Path) -> dict:
     """Accuracy and token ratios by checkpoint and grid, sparse and dense: metrics/evidence/lengths.json.
 
-    The grids up to 12 are those the models were trained on: beyond, an accuracy says how far they generalise.
+    Beyond `data.digits.grids`, which the models were trained on, an accuracy says how far they generalise.
 
     Raises:
         InputError: the pipeline has not made base and policy yet.
@@ -47,7 +47,7 @@ def measure(params: Params, root: Path) -> dict:
     with Progress("lengths", len(CHECKPOINTS) * len(GRIDS)) as progress:
         for checkpoint, directory in CHECKPOINTS.items():
             model, processor = load(root / directory, params.model.dtype, params.model.device)
-            for done, grid in enumerate(GRIDS, start=len(found) // 2 + 1):
+            for grid in GRIDS:
                 digits = params.data.digits.model_copy(update={"grids": (grid,)})
                 rows = [digits_row(digits, params.seed, "test", place) for place in range(ROWS)]
                 for p in (params.sparsity.p, DENSE):
@@ -55,7 +55,7 @@ def measure(params: Params, root: Path) -> dict:
                         means = answered(sampler_at(model, processor, own, p), rows, score).mean(0).tolist()
                     at = {"checkpoint": checkpoint, "visual_tokens": grid**2, "p": p, "questions": ROWS}
                     found.append(at | dict(zip(VALIDATED, means, strict=True)))
-                progress.advance(done)
+                progress.advance(len(found) // 2)
     result = {**head("lengths", made_by, root), "lengths": found}
     write_json_atomic(root / RESULT, result)
     return result

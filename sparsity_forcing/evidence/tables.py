@@ -146,6 +146,7 @@ def cost_text(found: dict) -> str:
     """What a training took, beside what it was."""
     return (
         f"`{found['name']}`: {fmt.amount(found['rollouts'])} rollouts of {fmt.amount(found['prompts'])} prompts, "
-        f"{fmt.amount(found['prompt_tokens'])} prompt tokens and {fmt.amount(found['new_tokens'])} sampled tokens, "
-        f"{found['seconds'] / 3600:.2f} hours of one CPU core (another training beside it), validation included."
+        f"{fmt.amount(found['prompt_tokens'])} prompt tokens (a prompt's counted for each of its rollouts, though they "
+        f"share one pass) and {fmt.amount(found['new_tokens'])} sampled tokens, {found['seconds'] / 3600:.2f} hours on "
+        f"{found['hardware']}, validation included."
     )

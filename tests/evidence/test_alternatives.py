@@ -20,6 +20,7 @@ from sparsity_forcing.evidence.alternatives import (
     relaxed_ratio,
 )
 from sparsity_forcing.params import DigitsParams, SparsityParams, TrainParams
+from sparsity_forcing.rl.errors import TrainingError
 
 
 def trainer_of(objective: str, directory: Path, **changes):
@@ -110,8 +111,28 @@ def test_supervision_learns_what_it_says(tmp_path, objective):
     history = trainer.train()
     assert history[-1]["cross_entropy"] < history[0]["cross_entropy"]
     assert ("penalty" in history[0]) == (objective != "sft")
-    assert history[-1]["validation_visual_token_ratio"] <= 1
     assert sum(row["rollouts"] for row in history) == 0
+
+
+@pytest.mark.parametrize("objective", ["entropy", "largest_share", "relaxed_ratio"])
+def test_the_penalty_reaches_the_weights(tmp_path, objective):
+    trainer = trainer_of(objective, tmp_path, prompts_per_step=6, beta=0.0, steps=8, max_grad_norm=100.0)
+    trainer.weight = 100.0
+    history = trainer.train()
+    assert history[-1]["penalty"] < 0.99 * history[0]["penalty"]
+
+
+@pytest.mark.parametrize(
+    "objective, wrong, words",
+    [
+        ("dpo", {"beta": 0.0}, "train.beta above 0"),
+        ("dpo", {"rollout_prompts": 1}, "leave train.rollout_prompts out"),
+        ("sft", {"num_iterations": 2}, "train.num_iterations to 1"),
+    ],
+)
+def test_what_an_alternative_cannot_do_is_refused(tmp_path, objective, wrong, words):
+    with pytest.raises(TrainingError, match=words):
+        trainer_of(objective, tmp_path, **wrong)
 
 
 def test_the_preferred_rollout_is_right_and_keeps_fewest():

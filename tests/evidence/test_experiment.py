@@ -41,6 +41,7 @@ def prepared(workspace, monkeypatch) -> Path:
     monkeypatch.setattr(experiment, "QUESTIONS", 8)
     params = yaml.safe_load((ROOT / "presets/smoke.yaml").read_text())
     params["train"] |= {"steps": 2, "validate_every": 1, "validation_rows": 4, "accuracy_guard": 1.0}
+    params["data"]["digits"] = {"grids": [4], "test_rows": 6}
     params["evaluate"]["budgets"] = [0.8]
     params["sparsity"] = {"p": 0.8}  # 16 tokens of a model that has learned nothing: a higher share is all of them
     (workspace / "params.yaml").write_text(yaml.safe_dump(params))
@@ -73,6 +74,15 @@ def test_from_the_base_to_the_page(prepared):
     assert quoted["tau_end"] is None
     assert ARMS["literal"].question in (prepared / "docs/evidence.md").read_text()
     assert (prepared / "plots/evidence.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["sft_relaxed_ratio", "dpo"])
+def test_an_alternative_from_the_base_to_its_result(prepared, name):
+    arm = ARMS[name]
+    few = Arm(name, arm.question, arm.train | {"prompts_per_step": 2}, objective=arm.objective)
+    found = run_arm(few, load_params(prepared / "params.yaml"), prepared)
+    assert found["test"]["0.8"]["questions"] == 8
+    assert (found["rollouts"] > 0) == (name == "dpo") == (found["new_tokens"] > 0)
 
 
 def test_what_has_run_does_not_run_again_unless_something_changed(prepared, monkeypatch):
@@ -196,6 +206,10 @@ def test_what_ran_is_told_and_what_failed_is_named(prepared, monkeypatch):
     quoted = json.loads(done.stdout.splitlines()[-1])
     assert quoted["literal_tau_end"] is not None
     assert quoted["tau_end"] is None
+    values = yaml.safe_load((prepared / "params.yaml").read_text())
+    (prepared / "params.yaml").write_text(yaml.safe_dump(values | {"seed": 1}))
+    done = CliRunner().invoke(command.app, ["literal"])
+    assert "data/prepared/test.parquet was not made with these parameters of data.digits" in done.stderr
     done = CliRunner().invoke(command.app, ["literal", "nonsense"])
     assert done.exit_code == 2
     assert "there is no experiment nonsense" in done.stderr
@@ -219,7 +233,7 @@ def test_asked_to_stop_it_stops_the_processes(monkeypatch):
     assert [process.wait(20) for process in processes] == [-signal.SIGTERM]
 
 
-def test_every_arm_changes_one_thing_and_keeps_the_number_of_rollouts():
+def test_every_arm_changes_something_and_keeps_the_number_of_rollouts():
     params = load_params(ROOT / "params.yaml")
     for name, arm in ARMS.items():
         changed = arm.params(params)

@@ -128,6 +128,6 @@ def test_lengths_are_in_order():
 
 def test_the_cost_is_said_in_full():
     found = {"name": "default", "rollouts": 19200, "prompts": 2400, "prompt_tokens": 10**6, "new_tokens": 70000}
-    assert cost_text(found | {"seconds": 360.0}).startswith(
-        "`default`: 19,200 rollouts of 2,400 prompts, 1,000,000 prompt tokens and 70,000 sampled tokens, 0.10 hours"
-    )
+    said = cost_text(found | {"seconds": 360.0, "hardware": "one core"})
+    assert said.startswith("`default`: 19,200 rollouts of 2,400 prompts, 1,000,000 prompt tokens")
+    assert said.endswith("and 70,000 sampled tokens, 0.10 hours on one core, validation included.")
