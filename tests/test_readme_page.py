@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from tiny_prompts import sharp_model
 
-from sparsity_forcing.data.digits import load_scans, render
-from sparsity_forcing.params import load_params, parse_params
+from sparsity_forcing.data.digits_source import digits_row
+from sparsity_forcing.data.schema import write_rows
+from sparsity_forcing.params import DigitsParams, load_params, parse_params
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,7 +22,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     model, processor = sharp_model(dtype=torch.float32)
     model.save_pretrained(tmp_path / "models/policy")
     processor.save_pretrained(tmp_path / "models/policy")
-    (tmp_path / "canvas.png").write_bytes(render(np.random.default_rng(0), load_scans("test"), 6, "read").png())
+    write_rows([digits_row(DigitsParams(grids=(6,)), 0, "test", 0)], tmp_path / "data/prepared/test.parquet")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names)

@@ -57,8 +57,8 @@ def group_case(grid: int, new_tokens: int, repetitions: int) -> Case:
 
 
 def one_case(grid: int, new_tokens: int, repetitions: int) -> Case:
-    """Rollouts of a group of eight, each with its own budget, against as many rollouts one by one at the last budget:
-    what the group's other seven cost. ``seconds`` are of one rollout."""
+    """What the other seven of a group of eight cost: seconds per rollout of the group, against one rollout alone.
+    ``notes.group_over_one``: the whole group over the one. (`group_case` is against eight, each with its budget.)"""
     model, processor = small_model()
     inputs, p = prompts_of(processor, grid, 1), torch.tensor(BUDGETS)
 

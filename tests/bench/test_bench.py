@@ -128,10 +128,10 @@ def test_group_and_loop_name_all_their_arms(monkeypatch):
 
 
 def test_a_rollout_of_a_group_beside_one():
-    case = one_case(4, 4, 2)
+    case = one_case(4, 4, 1)
     assert case.checked[0]["equal"]
     assert case.setting["visual_tokens"] == 16
-    assert case.speedup == pytest.approx(8 / case.notes["group_over_one"], rel=0.2)
+    assert case.speedup == pytest.approx(8 / case.notes["group_over_one"])
 
 
 def test_the_command_writes_samples_and_manifest_and_ends_with_the_figures(tmp_path, monkeypatch):
