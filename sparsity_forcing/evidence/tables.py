@@ -12,7 +12,7 @@ from sparsity_forcing.evidence.experiment import DENSE
 from sparsity_forcing.reporting import formatting as fmt
 from sparsity_forcing.reporting.intervals import PairedDifference, agresti_min
 
-SEEDS = {name: (name, f"{name}_seed_1", f"{name}_seed_2") for name in ("longer", "default")}
+SEEDS = {name: (name, f"{name}_seed_1", f"{name}_seed_2") for name in ("default", "longer")}
 HEADER = (
     "| experiment | visual tokens kept | accuracy | points against the dense base | policy of step "
     "| at the last step, on validation: kept, accuracy |"
@@ -67,7 +67,7 @@ def paired(first: str, second: str) -> PairedDifference:
 
 
 def seeds_text(results: dict[str, dict], p: str) -> str:
-    """Of the headlines: mean over the seeds with Student's 95% interval, where every seed has run."""
+    """Of the headlines, where every seed has run: the ratios, and the mean loss with Student's 95% interval."""
     dense = results["base"]["test"][str(DENSE)]["accuracy"] if "base" in results else math.nan
     lines = []
     for headline, names in SEEDS.items():
@@ -75,11 +75,11 @@ def seeds_text(results: dict[str, dict], p: str) -> str:
             lines.append(f"- `{headline}`, {len(names)} seeds: {fmt.NOT_MEASURED}.")
             continue
         at = [results[name]["test"][p] for name in names]
-        ratio = student_interval([found["visual_token_ratio"] for found in at])
+        ratios = [found["visual_token_ratio"] for found in at]
         loss = student_interval([found["accuracy"] - dense for found in at])
         lines.append(
-            f"- `{headline}`, {len(names)} seeds: visual tokens kept {fmt.percent(ratio[0])} (95% interval "
-            f"{fmt.interval(*ratio[1:])}), accuracy against the dense base {fmt.points(loss[0])} "
+            f"- `{headline}`, {len(names)} seeds: visual tokens kept {', '.join(map(fmt.percent, ratios))} (mean "
+            f"{fmt.percent(mean(ratios))}), accuracy against the dense base {fmt.points(loss[0])} "
             f"({fmt.points(loss[1])} … {fmt.points(loss[2])}) points."
         )
     return "\n".join([*lines, "", "All seeds train from one base."])
