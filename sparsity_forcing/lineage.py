@@ -19,7 +19,7 @@ import yaml
 OUTPUT_PATHS = ("dvc.lock", "metrics", "plots", "reports", "docs/evidence.md")
 PACKAGES = (
     *("sparsity-forcing", "torch", "transformers", "accelerate", "numpy", "pandas", "pyarrow", "scikit-learn"),
-    *("lmms_eval", "mlflow", "prefect", "dvc", "triton", "peft", "trl"),
+    *("lmms_eval", "mlflow", "prefect", "dvc", "triton", "peft", "trl", "math-verify"),
 )
 
 

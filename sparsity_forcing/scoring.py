@@ -81,10 +81,12 @@ def anls(prediction: str, answer: str) -> float:
 
 
 def math_equal(prediction: str, answer: str) -> float:
-    """1 if the last expression of the prediction equals the answer: "0.5", r"\\boxed{1/2}" and r"$\\frac{2}{4}$" do.
+    """1 if the expression in the prediction equals the answer: "0.5", r"\\boxed{1/2}" and r"$\\frac{2}{4}$" do.
 
-    Expressions are read and compared by math-verify, which gives up after 5 seconds. The answer is an expression as it
-    stands or has one in dollars or a box. What is not an expression must match exactly.
+    Read and compared by math-verify: an expression in a box comes first, else the last one counts; of an equation its
+    right side; 12% equals both 12 and 0.12. The answer is an expression as it stands or has one in dollars or a box.
+    What is not an expression must match exactly. In the main thread it gives up after 5 seconds; elsewhere there is no
+    limit.
     Source: https://github.com/huggingface/Math-Verify
     """
     from math_verify import parse, verify

@@ -211,6 +211,13 @@ class Tracker:
                 found = self._client.get_experiment_by_name(name)
                 if found is None:
                     raise error from None
+        own = (self.root / "mlruns").as_uri()
+        if self.uri == _own_store(self.root) and not found.artifact_location.startswith(own):
+            raise TrackingError(
+                f"the workspace was copied or moved: the experiment {name!r} in {self.root / 'mlflow.db'} keeps its "
+                f"files in {found.artifact_location}; remove mlflow.db and mlruns/ here to begin a new record, or set "
+                "another tracking.experiment to keep the old one beside it"
+            )
         if found.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"the MLflow experiment {name!r} is deleted; restore it with "
@@ -239,7 +246,11 @@ class Tracker:
 
 def tracking_uri(root: Path) -> str:
     """``MLFLOW_TRACKING_URI``, or the SQLite file of the workspace."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(root).resolve() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _own_store(root)
+
+
+def _own_store(root: Path) -> str:
+    return f"sqlite:///{Path(root).resolve() / 'mlflow.db'}"
 
 
 def ui_of(uri: str) -> str:

@@ -38,7 +38,7 @@ def test_an_unknown_stage_is_told_what_stages_there_are():
 
 def test_bad_input_exits_with_2_and_names_the_file(workspace):
     data = {"source": "chat_jsonl", "user": {"path": "user_data/missing.jsonl"}}
-    (workspace / "params.yaml").write_text(yaml.safe_dump(SMOKE | {"data": data}))
+    (workspace / "params.yaml").write_text(yaml.safe_dump(SMOKE | {"data": data, "model": {"name": "org/model"}}))
     result = CliRunner().invoke(app, ["prepare", "--root", str(workspace)])
     assert (result.exit_code, "missing.jsonl" in result.output) == (2, True), result.output
     assert not (workspace / "data" / "prepared").exists()

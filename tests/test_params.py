@@ -106,7 +106,7 @@ def test_a_wrong_parameter_is_named_with_its_value_and_what_is_allowed(sections,
 
 def test_the_grids_of_the_digits_do_not_bind_the_users_own_rows():
     rows = {"source": "parquet", "user": {"path": "user_data/rows.parquet"}, "digits": CROWDED["digits"]}
-    assert parse_params(smoke(profile={"grids": [3]}, data=rows)).profile.grids == (3,)
+    assert parse_params(smoke(profile={"grids": [3]}, data=rows, model={"name": "org/model"})).profile.grids == (3,)
 
 
 def test_all_errors_are_told_at_once():

@@ -38,9 +38,10 @@ def test_the_row_and_the_parameters_of_the_data_example_are_valid():
     assert row["prompt"]
     assert row["completion"]
     assert row["images"]
-    shown = yaml.safe_load(re.search(r"# params\.yaml:\s+(data:.*)", README)[1])
+    data, model = re.search(r"# params\.yaml:\s+(data:.*)\n#\s+(model:.*)", README).groups()
     params = load_params(ROOT / "params.yaml").model_dump(mode="json")
-    assert parse_params(params | shown).data.user.path == Path("user_data/my_rows.jsonl")
+    own = parse_params(params | yaml.safe_load(data) | yaml.safe_load(model))
+    assert (own.data.user.path, own.model.name) == (Path("user_data/my_rows.jsonl"), "user_models/mine")
 
 
 def test_every_path_and_make_target_it_names_exists():

@@ -156,11 +156,11 @@ def test_the_link_that_compares_runs_holds_their_ids(tracker):
     assert json.loads(unquote(query["experiments"][0])) == [tracker.experiment_id]
 
 
-def test_what_a_killed_process_left_running_ends_as_killed(tracker, client):
+def test_what_a_killed_process_left_running_ends_as_killed(tracker, client, migrated_store):
     """Killed outright, a process says nothing; the next run of the same stage in the same workspace says it for it."""
 
     def leave_running(stage: str, root: Path) -> str:
-        (root / "mlflow.db").exists() or shutil.copy(tracker.root / "mlflow.db", root)
+        (root / "mlflow.db").exists() or shutil.copy(migrated_store, root / "mlflow.db")
         code = (
             "import os, sys; from pathlib import Path; from sparsity_forcing.params import TrackingParams\n"
             "from sparsity_forcing.tracking import Tracker\n"
@@ -181,6 +181,18 @@ def test_what_a_killed_process_left_running_ends_as_killed(tracker, client):
     ):
         status = {name: client.get_run(name).info.status for name in (mine, other_stage, other_workspace, alive.run_id)}
     assert status == {mine: "KILLED", other_stage: "RUNNING", other_workspace: "RUNNING", alive.run_id: "RUNNING"}
+
+
+def test_a_copied_workspace_does_not_write_into_the_one_it_was_copied_from(tracker, tmp_path_factory):
+    evaluate(tracker, "base dense")
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copy(tracker.root / "mlflow.db", copy)
+    with pytest.raises(TrackingError, match=r"copied or moved: .* remove mlflow\.db and mlruns/ here"):
+        Tracker(PARAMS, copy).experiment_url()
+    other = Tracker(PARAMS.model_copy(update={"experiment": "another"}), copy)
+    with other.run(stage="train", name="train") as run:
+        run.artifact(tracker.root / "dvc.yaml")
+    assert list((copy / "mlruns").iterdir())
 
 
 def log_much(run: Run) -> None:

@@ -84,7 +84,7 @@ def _messages(values: dict[str, Any]) -> list[dict[str, Any]]:
     if "messages" in values:
         messages = values["messages"]
     elif "prompt" in values and "completion" in values:
-        messages = _turn(values["prompt"], "user") + _turn(values["completion"], "assistant")
+        messages = _turn(values, "prompt", "user") + _turn(values, "completion", "assistant")
     else:
         raise BadRow(Reason.UNSUPPORTED_CONVERSATION, "needs 'messages', or 'prompt' and 'completion'")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -98,7 +98,10 @@ def _messages(values: dict[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def _turn(value: Any, role: str) -> list[dict[str, Any]]:
+def _turn(values: dict[str, Any], key: str, role: str) -> list[dict[str, Any]]:
+    value = values[key]
+    if value is not None and not isinstance(value, str | list):
+        raise BadRow(Reason.UNSUPPORTED_CONTENT, f"{key} must be text or a list of messages, got {value!r}")
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 

@@ -33,8 +33,11 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 
 
+MIN_VALIDATION_ROWS = 3  # the profile takes them in thirds by prompt length
+
+
 class DataError(ValueError):
-    """The data as a whole cannot be used: too much of it is in quarantine, or a split is empty."""
+    """The data as a whole cannot be used: too much of it is in quarantine, or a split has too few rows."""
 
 
 @dataclass
@@ -53,6 +56,11 @@ class Summary:
     @property
     def quarantined_fraction(self) -> float:
         return self.reasons.total() / self.rows_in if self.rows_in else 0.0
+
+    @property
+    def why(self) -> str:
+        """The reasons of the quarantine with their counts, the most common first."""
+        return ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
 
     def metrics(self) -> dict[str, Any]:
         """As in metrics/prepare.json: counts, bytes of the encoded images, sides in pixels."""
@@ -129,21 +137,26 @@ def _checked(candidate: Candidate, limits: Limits, seen: set[str]) -> tuple[Row,
 
 
 def require_usable(summary: Summary, max_quarantine_fraction: float, quarantine: Path) -> None:
-    """Raises DataError when too many rows are in quarantine or a split has none."""
+    """Raises DataError when too many rows are in quarantine, a split has none, or validation fewer than three."""
     if not summary.rows_in:
         raise DataError("the source holds no rows")
     if summary.quarantined_fraction > max_quarantine_fraction:
-        counts = ", ".join(f"{reason} {count}" for reason, count in summary.reasons.most_common())
         raise DataError(
             f"{summary.reasons.total()} of {summary.rows_in} rows are in quarantine "
             f"({summary.quarantined_fraction:.1%}, data.max_quarantine_fraction allows {max_quarantine_fraction:.1%}): "
-            f"{counts}. {quarantine} names file, line and reason of each"
+            f"{summary.why}. {quarantine} names file, line and reason of each"
         )
     empty = [split for split in SPLITS if not any(of == split for of, _ in summary.rows)]
     if empty:
         raise DataError(
             f"no rows in split(s) {', '.join(empty)}; add rows, name a split in them, "
             "or raise data.user.validation_share / data.user.test_share"
+        )
+    validation = sum(count for (of, _), count in summary.rows.items() if of == "validation")
+    if validation < MIN_VALIDATION_ROWS:
+        raise DataError(
+            f"the split validation has {validation} row(s), at least {MIN_VALIDATION_ROWS} are needed; add rows, name "
+            "the split in them, or raise data.user.validation_share"
         )
 
 

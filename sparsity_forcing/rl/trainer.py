@@ -171,7 +171,11 @@ class Trainer:
             self.on_step(metrics, table() if logs_samples else None)
 
     def learn(self, rows: Sequence[Row]) -> tuple[dict[str, float], Callable[[], list[dict]]]:
-        """What a step does with its rows; its metrics, and what makes the table of its samples."""
+        """What a step does with its rows; its metrics, and what makes the table of its samples.
+
+        The metrics hold at least ``step`` (from 1), ``accuracy`` and ``rollouts``. Another objective replaces this
+        method alone.
+        """
         clock, config = [time.perf_counter()], self.config
         with explained_memory("lower train.rollout_prompts, or train.max_completion_length"):
             parts = self._roll_out(rows)

@@ -18,7 +18,7 @@ def run(params: Params, root: Path) -> dict:
     """Writes data/prepared/, data/quarantine.parquet and metrics/prepare.json; returns the metrics.
 
     Raises:
-        DataError: too many rows are in quarantine (its file is written all the same), or a split is empty.
+        DataError: too many rows are in quarantine (its file is written all the same), or a split has too few.
         SchemaError, FileNotFoundError: the user's file as a whole cannot be read.
     """
     data = params.data
@@ -36,10 +36,11 @@ def run(params: Params, root: Path) -> dict:
         for split in SPLITS:
             run.dataset(root / PREPARED / f"{split}.parquet", name=f"{data.source}-{split}", split=split)
         run.artifact(root / QUARANTINE)
-    print(_closing_line(metrics))
+    print(_closing_line(metrics, summary.why))
     return metrics
 
 
-def _closing_line(metrics: dict) -> str:
+def _closing_line(metrics: dict, why: str) -> str:
     rows = ", ".join(f"{split} {metrics['rows'][split]['total']:,}" for split in SPLITS)
-    return f"prepare: {rows}; {metrics['quarantined']['total']:,} of {metrics['rows_in']:,} rows in quarantine"
+    line = f"prepare: {rows}; {metrics['quarantined']['total']:,} of {metrics['rows_in']:,} rows in quarantine"
+    return f"{line} ({why}): {QUARANTINE} names file, line and reason of each" if why else line

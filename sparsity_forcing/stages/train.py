@@ -34,7 +34,7 @@ CHECKPOINTS = Path("checkpoints/train")
 
 # The code that decides what comes out; the sparse kernels are added to it.
 CODE = ("attention", "generation", "models", "rl", "selection", "data/schema.py", "scoring.py")
-DECISIVE_PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "triton")
+DECISIVE_PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "triton", "math-verify")
 # What may differ in the run that goes on from a checkpoint: how often it saves and shows, what memory it takes.
 INDIFFERENT = {
     *("checkpoint_every", "keep_checkpoints", "log_samples_every", "validation_batch_size"),

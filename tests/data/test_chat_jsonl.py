@@ -131,7 +131,8 @@ def test_a_video_becomes_evenly_spaced_frames(folder):
         ({"question": "q"}, Reason.UNSUPPORTED_CONVERSATION, "needs 'messages'"),
         ({"messages": "q"}, Reason.UNSUPPORTED_CONVERSATION, "list of objects"),
         ({"messages": []}, Reason.UNSUPPORTED_CONVERSATION, "one question and its answer"),
-        ({"prompt": 5, "completion": "a"}, Reason.UNSUPPORTED_CONTENT, "content must be text"),
+        ({"prompt": 5, "completion": "a"}, Reason.UNSUPPORTED_CONTENT, "prompt must be text or a list of messages"),
+        ({"prompt": "q", "completion": 3}, Reason.UNSUPPORTED_CONTENT, "completion must be text or a list of messages"),
         (
             {"messages": [{"role": "system", "content": "be good"}, *chat("q")["messages"]]},
             Reason.UNSUPPORTED_ROLE,

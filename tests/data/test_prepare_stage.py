@@ -25,7 +25,7 @@ def digits():
 def chats(workspace, lines, **data):
     (workspace / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     user = {"path": "rows.jsonl", "validation_share": 0.3, "test_share": 0.3}
-    return parse_params({"data": {"source": "chat_jsonl", "user": user, **data}, "model": MODEL})
+    return parse_params({"data": {"source": "chat_jsonl", "user": user, **data}, "model": {"name": "org/model"}})
 
 
 def outputs(workspace):
@@ -70,8 +70,8 @@ def test_the_users_rows_are_split_and_the_bad_ones_kept_apart(workspace):
 def test_too_much_quarantine_fails_but_is_written(workspace):
     prepare.run(digits(), workspace)
     before = outputs(workspace)
-    lines = [json.dumps({"prompt": "q", "completion": str(i)}) for i in range(8)] + ["{", "{"]
-    with pytest.raises(DataError, match=r"2 of 10 rows .* malformed_json 2\. data/quarantine\.parquet"):
+    lines = [json.dumps({"prompt": "q", "completion": str(i)}) for i in range(24)] + ["{", "{"]
+    with pytest.raises(DataError, match=r"2 of 26 rows .* malformed_json 2\. data/quarantine\.parquet"):
         prepare.run(chats(workspace, lines), workspace)
     after = outputs(workspace)
     assert len(pq.read_table(workspace / "data/quarantine.parquet")) == 2
@@ -79,11 +79,27 @@ def test_too_much_quarantine_fails_but_is_written(workspace):
         name: content for name, content in before.items() if name != "quarantine.parquet"
     }
     metrics = prepare.run(chats(workspace, lines, max_quarantine_fraction=0.2), workspace)
-    assert metrics["rows_in"] == 10
+    assert metrics["rows_in"] == 26
+
+
+def test_the_success_line_says_why_rows_are_in_quarantine(workspace, capsys):
+    lines = [json.dumps({"prompt": f"what is {i}?", "completion": str(i), "id": i}) for i in range(40)]
+    prepare.run(chats(workspace, lines), workspace)
+    assert capsys.readouterr().out.endswith("0 of 40 rows in quarantine\n")
+    prepare.run(chats(workspace, [*lines, "{broken", lines[0]]), workspace)
+    assert "(malformed_json 1, duplicate_id 1): data/quarantine.parquet names file" in capsys.readouterr().out
+
+
+def test_two_validation_rows_are_too_few(workspace):
+    splits = ["train"] * 4 + ["validation"] * 2 + ["test"]
+    lines = [json.dumps({"prompt": "q?", "completion": "a", "id": i, "split": split}) for i, split in enumerate(splits)]
+    with pytest.raises(DataError, match=r"validation has 2 row\(s\), at least 3 are needed; add rows"):
+        prepare.run(chats(workspace, lines), workspace)
+    assert not (workspace / "data/prepared").exists()
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_ends_the_same(workspace, tmp_path_factory):
+def test_killed_in_the_middle_it_ends_the_same(workspace, migrated_store, tmp_path_factory):
     values = {"data": {"digits": {"grids": [12], "train_rows": 1200}}, "model": MODEL}
     kill_stage("prepare", workspace, values, lambda _: any((workspace / "data").glob(".prepared.new.tmp/*")))
     assert not (workspace / "data/prepared").exists()
@@ -91,7 +107,7 @@ def test_killed_in_the_middle_it_ends_the_same(workspace, tmp_path_factory):
     prepare.run(parse_params(values), workspace)
 
     straight = tmp_path_factory.mktemp("straight")
-    shutil.copy(workspace / "mlflow.db", straight / "mlflow.db")
+    shutil.copy(migrated_store, straight / "mlflow.db")
     prepare.run(parse_params(values), straight)
     assert outputs(workspace) == outputs(straight)
     assert sorted(path.name for path in (workspace / "data").iterdir()) == ["prepared", "quarantine.parquet"]

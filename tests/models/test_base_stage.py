@@ -136,11 +136,11 @@ def test_a_directory_that_is_no_model_leaves_the_old_one(workspace, model_direct
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_with_the_same_model(workspace):
+def test_killed_and_started_again_it_ends_with_the_same_model(workspace, migrated_store):
     params = scratch(curriculum=[{"steps": 40, "batch_size": 4, "grids": [3]}])
     straight = workspace / "straight"
     straight.mkdir()
-    shutil.copy(workspace / "mlflow.db", straight)
+    shutil.copy(migrated_store, straight / "mlflow.db")
     base.run(parse_params(params), straight)
 
     kill_stage("base", workspace, params, lambda _: any(workspace.glob("checkpoints/base/*/step-000004")))

@@ -34,7 +34,7 @@ def locked(root: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_dvc_alone_and_the_flow_leave_the_same_lock(smoke_workspace, tmp_path, prefect_environment):
+def test_dvc_alone_and_the_flow_leave_the_same_lock(smoke_workspace, tmp_path, migrated_store, prefect_environment):
     run("dvc", "repro", root=smoke_workspace, environment=prefect_environment)
     before = locked(smoke_workspace)
     assert tuple(before) == STAGES
@@ -44,6 +44,6 @@ def test_dvc_alone_and_the_flow_leave_the_same_lock(smoke_workspace, tmp_path, p
 
     by_flow = tmp_path / "by-flow"
     copy_workspace(ROOT, by_flow, "smoke")
-    shutil.copy(smoke_workspace / "mlflow.db", by_flow)
+    shutil.copy(migrated_store, by_flow / "mlflow.db")
     run("flows.pipeline", "prepare", root=by_flow, environment=prefect_environment)
     assert locked(by_flow) == {"prepare": before["prepare"]}

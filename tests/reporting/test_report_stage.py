@@ -81,7 +81,8 @@ def test_text_only_rows_have_no_visual_ratio_and_do_not_break_the_report(report_
     table = benchmark_table(text_only).model_dump(mode="json")
     (ready / "metrics/evaluate.json").write_text(json.dumps(table))
     source = {"source": "chat_jsonl", "user": {"path": "user_data/rows.jsonl"}}
-    params = parse_params(report_params.model_dump(mode="json") | {"data": source})
+    changed = {"data": source, "model": {"name": "org/model"}}
+    params = parse_params(report_params.model_dump(mode="json") | changed)
 
     metrics = run(params, ready)
     assert json.loads((ready / "metrics/report.json").read_text()) == metrics
