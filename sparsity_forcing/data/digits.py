@@ -11,8 +11,10 @@ Splits are by scan: no scan, and so no handwriting sample, is in two splits.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import permutations
 
 import numpy as np
 from PIL import Image
@@ -58,7 +60,7 @@ class Canvas:
     """One rendered question.
 
     ``pixels``: (8 * grid, 8 * grid, 3) uint8. ``relevant_cells``: row-major cell indices the question needs;
-    ``coloured_cells``: all coloured digits.
+    ``coloured_cells``: all coloured digits; ``colours``, ``labels``: their colours and what they are, in that order.
     """
 
     pixels: np.ndarray
@@ -67,6 +69,8 @@ class Canvas:
     answer: str
     relevant_cells: tuple[int, ...]
     coloured_cells: tuple[int, ...]
+    colours: tuple[str, ...]
+    labels: tuple[int, ...]
     scans: tuple[int, ...]
 
     def png(self) -> bytes:
@@ -113,14 +117,16 @@ def render(
     noise = rng.integers(0, 4, size=(grid * CELL, grid * CELL, 1)) * 12  # few levels: PNG stays small
     image = np.clip(np.rint(image * 207) + noise, 0, 255).astype(np.uint8)
 
-    cells_by_order = [int(place) for place in places[:coloured]]
+    in_order = sorted(range(coloured), key=lambda order: places[order])  # of their cells
     return Canvas(
         pixels=image,
         task=task,
         question=question,
         answer=_answer(task, colours, wanted, labels),
-        relevant_cells=tuple(sorted(cells_by_order[i] for i in range(coloured) if colours[i] in wanted)),
-        coloured_cells=tuple(sorted(cells_by_order)),
+        relevant_cells=tuple(int(places[i]) for i in in_order if colours[i] in wanted),
+        coloured_cells=tuple(int(places[i]) for i in in_order),
+        colours=tuple(colours[i] for i in in_order),
+        labels=tuple(int(labels[i]) for i in in_order),
         scans=tuple(int(i) for i in scan_ids),
     )
 
@@ -146,6 +152,23 @@ def _answer(task: str, colours: list[str], wanted: list[str], labels: np.ndarray
         return str(int(labels[0]))
     first, second = int(labels[0]), int(labels[1])
     return f"{wanted[0]}{first} {wanted[1]}{second} sum{first + second}"
+
+
+def questions_about(colours: Sequence[str], labels: Sequence[int]) -> list[tuple[str, str, str]]:
+    """(task, question, answer) of every question that a canvas with these coloured digits could have been drawn for."""
+    single = [name for name in COLOURS if list(colours).count(name) == 1]
+    label = {name: labels[list(colours).index(name)] for name in single}
+    read = [("read", f"which digit is {name}?", str(label[name])) for name in single]
+    count = [
+        ("count", f"how many digits are {name}?", str(times))
+        for name in COLOURS
+        if (times := list(colours).count(name)) in (1, len(colours) - 1)
+    ]
+    pairs = [
+        ("sum", f"what is the sum of {a} and {b}?", f"{a}{label[a]} {b}{label[b]} sum{label[a] + label[b]}")
+        for a, b in permutations(single, 2)
+    ]
+    return [*read, *count, *pairs]
 
 
 def corpus() -> list[str]:

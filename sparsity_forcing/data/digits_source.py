@@ -23,7 +23,8 @@ def digits_candidates(params: DigitsParams, seed: int) -> Iterator[Candidate]:
 def digits_row(params: DigitsParams, seed: int, split: str, place: int) -> Row:
     """Row number ``place`` of ``split``. Tasks and grids take turns, so their shares differ by one row at most.
 
-    ``meta``: grid, relevant_cells and coloured_cells (row-major cell indices), scans (indices into ``load_digits``).
+    ``meta``: grid, relevant_cells and coloured_cells (row-major cell indices), colours and labels of the coloured ones,
+    scans (indices into ``load_digits``).
     """
     kinds = list(product(params.grids, params.tasks))
     grid, task = kinds[place % len(kinds)]
@@ -40,6 +41,8 @@ def digits_row(params: DigitsParams, seed: int, split: str, place: int) -> Row:
             "grid": grid,
             "relevant_cells": list(canvas.relevant_cells),
             "coloured_cells": list(canvas.coloured_cells),
+            "colours": list(canvas.colours),
+            "labels": list(canvas.labels),
             "scans": [SPLITS[split].start + scan for scan in canvas.scans],
         },
     )

@@ -21,7 +21,7 @@ import typer
 from sparsity_forcing.__main__ import explains_itself, explanation, set_environment
 from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import read_rows
-from sparsity_forcing.evidence import gradient, lengths
+from sparsity_forcing.evidence import gradient, lengths, turns
 from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base
 from sparsity_forcing.evidence.summary import write_summary
@@ -31,7 +31,13 @@ from sparsity_forcing.stages.inputs import require_inputs
 from sparsity_forcing.stages.train import POLICY
 
 ROOT = Path(".")
-UNTRAINED = {"base": run_base, "gradient": gradient.measure, "lengths": lengths.measure}
+UNTRAINED = {
+    "base": run_base,
+    "gradient": gradient.measure,
+    "lengths": lengths.measure,
+    "turns": turns.measure,
+}
+OF_THE_POLICY = {"lengths", "turns"}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -50,7 +56,7 @@ def main(
     names = list(dict.fromkeys(["base", *(experiments or known)]))
     try:
         params = load_params(ROOT / "params.yaml")
-        require_inputs(ROOT, INPUTS | ({POLICY: "train"} if "lengths" in names else {}))
+        require_inputs(ROOT, INPUTS | ({POLICY: "train"} if OF_THE_POLICY & set(names) else {}))
         require_same_data(params, ROOT)
         for name in names:
             if name in ARMS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,13 +22,13 @@ from sparsity_forcing.rl.validation import VALIDATED, answered
 from sparsity_forcing.scoring import score_function
 from sparsity_forcing.stages.evaluate import TEST
 from sparsity_forcing.stages.inputs import require_inputs
-from sparsity_forcing.stages.train import BASE, TRAIN, VALIDATION, identity
+from sparsity_forcing.stages.train import BASE, POLICY, TRAIN, VALIDATION, identity
 from sparsity_forcing.tracking import Run, Tracker
 
 RESULTS = Path("metrics/evidence")
 CHECKPOINTS = Path("checkpoints/evidence")
 DENSE = 1.0
-TOKENS = ("prompt_tokens", "new_tokens")  # of a rollout: those of its prompt, counted once a prompt; those it sampled
+TOKENS = ("prompt_tokens", "new_tokens")  # of all rollouts: a prompt's count for each of its rollouts
 QUESTIONS = 5000  # that every policy is judged on
 INPUTS = {BASE: "base", TRAIN: "prepare", VALIDATION: "prepare", TEST: "prepare"}
 
@@ -108,8 +107,16 @@ def made_by_arm(arm: Arm, params: Params, root: Path) -> str:
 
 def made_by_base(params: Params, root: Path) -> str:
     """The same for what is not trained."""
-    judging = [params.evaluate.budgets, ANY_BUDGET, params.model.device, code_digest(["evidence/experiment.py"])]
-    return fingerprint([identity(params, root, 1), judging, file_digest(root / TEST, "sha256")])
+    judging = [params.evaluate.budgets, ANY_BUDGET, params.model.device]
+    questions = [params.data.source, params.data.digits.model_dump(), file_digest(root / TEST, "sha256")]
+    code = code_digest(["evidence/experiment.py", "data/digits.py", "data/digits_source.py"])
+    return fingerprint([identity(params, root, 1), judging, questions, code])
+
+
+def made_by_policy(params: Params, root: Path) -> str:
+    """The same for what is measured of the pipeline's policy beside its base."""
+    weights = [file_digest(path, "sha256") for path in sorted((root / POLICY).glob("*.safetensors"))]
+    return fingerprint([made_by_base(params, root), weights])
 
 
 def current(name: str, made_by: str, root: Path) -> dict | None:
@@ -180,7 +187,7 @@ def sampler_at(model, processor, params: Params, p: float) -> Sampler:
 def _report(record: Run, progress: Progress):
     def report(metrics: dict, table: list[dict] | None) -> None:
         record.training_step(metrics)
-        ratio = metrics.get("visual_token_ratio", math.nan)  # a step may ask without images
-        progress.advance(int(metrics["step"]), accuracy=metrics["accuracy"], visual_token_ratio=ratio)
+        shown = {name: metrics[name] for name in ("accuracy", "visual_token_ratio") if name in metrics}
+        progress.advance(int(metrics["step"]), **shown)
 
     return report

@@ -7,9 +7,9 @@ from pathlib import Path
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.data.digits_source import digits_row
-from sparsity_forcing.evidence.experiment import DENSE, RESULTS, current, head, made_by_base, sampler_at
+from sparsity_forcing.evidence.experiment import DENSE, RESULTS, current, head, made_by_policy, sampler_at
 from sparsity_forcing.files import write_json_atomic
-from sparsity_forcing.lineage import code_digest, file_digest
+from sparsity_forcing.lineage import code_digest
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params, ParamsError
 from sparsity_forcing.progress import Progress
@@ -63,5 +63,4 @@ def measure(params: Params, root: Path) -> dict:
 
 def made_by_lengths(params: Params, root: Path) -> str:
     """Names all that decides the result."""
-    weights = [file_digest(path, "sha256") for path in sorted((root / POLICY).glob("*.safetensors"))]
-    return fingerprint([made_by_base(params, root), weights, code_digest(["evidence/lengths.py"])])
+    return fingerprint([made_by_policy(params, root), code_digest(["evidence/lengths.py"])])

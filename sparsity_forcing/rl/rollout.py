@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,7 @@ def roll_out(
     sigma: float = 0.0,
     generator: torch.Generator | None = None,
     attention_dtype: torch.dtype | None = None,
+    make_context: Callable[..., SparseContext] = SparseContext,
 ) -> Rollouts:
     """Samples ``group`` answers per query, rows of a group next to each other.
 
@@ -65,10 +67,11 @@ def roll_out(
         sigma: scale of the selection policy, 0 at deployment.
         generator: source of all randomness, on the model's device; needed unless greedy with sigma 0.
         attention_dtype: of attention among kept tokens; the model's where None.
+        make_context: what selects, with the arguments of `SparseContext`.
     """
     cache = run_prefix(model, prompts, group, room=sampling.max_new_tokens)
     layout = prompts.layout.repeat(group)
-    context = SparseContext(
+    context = make_context(
         settings, layout, p, cache, sigma=sigma, generator=generator, attention_dtype=attention_dtype
     )
     logits = run_rest(model, prompts, group, cache, None, None, context, keep=1)[:, -1]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from sparsity_forcing.attention.context import SparseContext
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.generation.prompts import Prompts, build_prompts, shares_prefix
 from sparsity_forcing.models.families import visual_token_ids
@@ -47,11 +48,12 @@ class Sampler:
         )
         return Part(rows, prompts, rollouts, repeats)
 
-    def deployed(self, rows: Sequence[Row]) -> Rollouts:
-        """One greedy answer a row at the deployment budget."""
+    def deployed(self, rows: Sequence[Row], make_context: Callable[..., SparseContext] = SparseContext) -> Rollouts:
+        """One greedy answer a row at the deployment budget; ``make_context`` as of `roll_out`."""
         self.model.eval()
         p = torch.full((len(rows),), self.sparsity.p, device=self.model.device)
-        return roll_out(self.model, self.prompts(rows), p, 1, self.sparsity, self._sampling(0.0))
+        prompts, greedy = self.prompts(rows), self._sampling(0.0)
+        return roll_out(self.model, prompts, p, 1, self.sparsity, greedy, make_context=make_context)
 
     def prompts(self, rows: Sequence[Row]) -> Prompts:
         inputs = encode_prompts(self.processor, [row.question for row in rows], [row.images for row in rows])

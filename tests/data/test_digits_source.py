@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from sparsity_forcing.data.candidates import BadRow
 from sparsity_forcing.data.checks import Limits, check_row
-from sparsity_forcing.data.digits import CELL, COLOURS, SPLITS, load_scans, render
+from sparsity_forcing.data.digits import CELL, COLOURS, SPLITS, load_scans, questions_about, render
 from sparsity_forcing.data.digits_source import digits_candidates, digits_row
 from sparsity_forcing.params import DigitsParams
 
@@ -95,6 +95,37 @@ def test_the_answer_is_what_the_canvas_shows(task):
             named = re.findall("|".join(COLOURS), canvas.answer)
             assert canvas.question == f"what is the sum of {named[0]} and {named[1]}?"
             assert len(canvas.relevant_cells) >= 2
+
+
+def test_what_meta_says_of_the_coloured_digits_is_what_the_canvas_shows():
+    """Every colour asked for is told apart by its channels, every label by the nearest scan."""
+    scans = load_scans("test")
+    for seed in range(30):
+        canvas = render(np.random.default_rng(seed), scans, 6, "read", clutter_share=0.0)
+        cells = canvas.pixels.reshape(6, CELL, 6, CELL, 3).transpose(0, 2, 1, 3, 4).reshape(36, CELL, CELL, 3) / 207
+        assert canvas.coloured_cells == tuple(sorted(canvas.coloured_cells))
+        for cell, colour, label in zip(canvas.coloured_cells, canvas.colours, canvas.labels, strict=True):
+            fits = {name: np.abs(scans.pixels[..., None] * tint - cells[cell]) for name, tint in COLOURS.items()}
+            errors = {name: error.mean((1, 2, 3)).min() for name, error in fits.items()}
+            assert min(errors, key=errors.get) == colour
+            assert scans.labels[fits[colour].mean((1, 2, 3)).argmin()] == label
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), place=st.integers(0, 10**5))
+def test_the_questions_about_a_canvas_hold_the_one_it_was_drawn_for(seed, place):
+    row = digits_row(PARAMS, seed, "test", place)
+    asked = questions_about(row.meta["colours"], row.meta["labels"])
+    assert (row.task, row.question, row.answer) in asked
+    assert len({question for _, question, _ in asked}) == len(asked) >= 2
+    drawn = dict(zip(row.meta["colours"], row.meta["labels"], strict=True))
+    for task, question, answer in asked:
+        named = re.findall("|".join(COLOURS), question)
+        if task == "count":
+            assert answer == str(row.meta["colours"].count(named[0]))
+        else:
+            assert [row.meta["colours"].count(name) for name in named] == [1] * len(named)
+            assert str(sum(drawn[name] for name in named)) in answer
 
 
 def test_the_image_is_the_canvas():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +19,12 @@ import yaml
 from tiny_families import build_family
 from typer.testing import CliRunner
 
+from sparsity_forcing.attention.api import decoder_attention
+from sparsity_forcing.data.digits import questions_about
 from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import read_rows, write_rows
 from sparsity_forcing.evidence import __main__ as command
-from sparsity_forcing.evidence import experiment, gradient, lengths
+from sparsity_forcing.evidence import experiment, gradient, lengths, turns
 from sparsity_forcing.evidence.alternatives import OBJECTIVES
 from sparsity_forcing.evidence.arms import ARMS, Arm
 from sparsity_forcing.evidence.experiment import run_arm, run_base
@@ -158,6 +161,54 @@ def test_lengths_of_a_small_base_and_policy(prepared, monkeypatch):
     other = params.model_copy(update={"data": params.data.model_copy(update={"source": "parquet"})})
     with pytest.raises(ParamsError, match=r"need data\.source digits"):
         lengths.measure(other, prepared)
+
+
+def test_second_questions_of_a_small_base_and_policy(prepared, monkeypatch):
+    monkeypatch.setattr(turns, "BATCH", 3)
+    params = load_params(prepared / "params.yaml")
+    with pytest.raises(InputError, match="models/policy"):
+        turns.measure(params, prepared)
+    shutil.copytree(prepared / "models/base", prepared / "models/policy")
+    found = turns.measure(params, prepared)
+    base = found["checkpoints"]["base"]
+    assert found["questions"] == 8
+    assert found["checkpoints"]["policy"] == base
+    assert base["dense"]["visual_token_ratio"] == 1
+    assert all(0 < base[way]["visual_token_ratio"] < 1 for way in ("dense_cache", "pruned_cache"))
+    monkeypatch.setattr(turns, "load", None)
+    assert turns.measure(params, prepared) == json.loads(json.dumps(found))  # nothing to do
+    sparse = params.model_copy(update={"sparsity": params.sparsity.model_copy(update={"prefill": "sparse"})})
+    with pytest.raises(ParamsError, match=r"sparsity\.prefill suffix or dense with scoring_rows text, got 'sparse'"):
+        turns.measure(sparse, prepared)
+
+
+def test_an_answer_over_leftovers(prepared):
+    """Over its own kept sets a question is answered as before; over all tokens as if dense."""
+    params = load_params(prepared / "params.yaml")
+    model, processor = load(prepared / "models/base", "float32", "cpu")
+    rows = read_rows(prepared / "data/prepared/test.parquet")
+    sparse, dense = (experiment.sampler_at(model, processor, params, p) for p in (0.6, 1.0))
+    with decoder_attention(model):
+        for sampler in (sparse, dense):
+            own = sampler.deployed(rows)
+            again = sparse.deployed(rows, partial(turns.LeftoverContext, left=own.kept))
+            assert torch.equal(again.completions, own.completions)
+            assert torch.allclose(again.logps, own.logps, atol=1e-5)
+            assert torch.equal(again.visual_token_ratio, own.visual_token_ratio)
+        second = [turns.second_question(row, 0) for row in rows]
+        over = sparse.deployed(second, partial(turns.LeftoverContext, left=sparse.deployed(rows).kept))
+        first = sparse.deployed(rows).visual_token_ratio
+    assert torch.equal(over.visual_token_ratio, first)
+    assert torch.equal(over.prompt_length, dense.prompts(second).layout.valid.sum(-1))
+
+
+def test_a_second_question_is_another_one_about_the_same_canvas(prepared):
+    for row in read_rows(prepared / "data/prepared/train.parquet"):
+        second = turns.second_question(row, 0)
+        assert second.question != row.question
+        assert second.images == row.images
+        assert (second.task, second.question, second.answer) in questions_about(row.meta["colours"], row.meta["labels"])
+        assert turns.second_question(row, 0) == second
 
 
 def test_the_parts_of_an_advantage_add_up_to_it():

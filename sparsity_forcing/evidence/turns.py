@@ -1,0 +1,133 @@
+"""A second question on the same image: over the cache that the first one left, and over the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsity_forcing.attention.api import decoder_attention
+from sparsity_forcing.attention.context import SparseContext
+from sparsity_forcing.checkpoints import fingerprint
+from sparsity_forcing.data.digits import questions_about
+from sparsity_forcing.data.schema import Row
+from sparsity_forcing.evidence.experiment import DENSE, RESULTS, current, head, held_out, made_by_policy, sampler_at
+from sparsity_forcing.files import write_json_atomic
+from sparsity_forcing.generation.prompts import shares_prefix
+from sparsity_forcing.lineage import code_digest
+from sparsity_forcing.models.load import load
+from sparsity_forcing.params import Params, ParamsError
+from sparsity_forcing.progress import Progress
+from sparsity_forcing.rl.rollout import Rollouts
+from sparsity_forcing.rl.sampler import Sampler
+from sparsity_forcing.scoring import ScoreFunction, score_function
+from sparsity_forcing.stages.inputs import require_inputs
+from sparsity_forcing.stages.train import BASE, POLICY
+
+RESULT = RESULTS / "turns.json"
+CHECKPOINTS = {"base": BASE, "policy": POLICY}
+BATCH = 50
+QUESTIONS = 1000
+
+
+class LeftoverContext(SparseContext):
+    """A prompt over the cache that an earlier one about the same images left: nothing is selected, and the visual
+    prefix has what that one kept.
+
+    Args:
+        left: per layer (batch, slots) bool, the kept sets of the earlier prompt, its visual prefix first.
+    """
+
+    def __init__(self, *args: object, left: dict[int, Tensor], **options: object) -> None:
+        super().__init__(*args, **options)
+        self.left, self.slots = left, int(self.layout.prefix.any(0).sum())
+
+    def choose(self, layer: int, query: Tensor, key: Tensor, first: int, scale: float) -> Tensor:
+        prefix = self.left[layer][:, : self.slots]
+        self.kept[layer] = torch.cat([prefix, self.layout.valid[:, self.slots :]], dim=1)
+        return self.kept[layer]
+
+
+def measure(params: Params, root: Path) -> dict:
+    """Accuracy of a second question on held-out images by checkpoint and by what it is answered over:
+    metrics/evidence/turns.json.
+
+    ``dense``: all tokens. ``dense_cache``: the dense visual prefix was kept beside the pruned cache, and the second
+    question selects from it for itself. ``pruned_cache``: what the first question kept is all there is. The second
+    question is asked afresh, without the first and its answer before it, as the models know single questions only.
+
+    Raises:
+        InputError: the pipeline has not made base and policy yet.
+        ParamsError: the data has no second question, or the cache no visual prefix of its own.
+    """
+    require_inputs(root, {BASE: "base", POLICY: "train"})
+    if params.data.source != "digits":
+        raise ParamsError(f"a second question about an image needs data.source digits, got {params.data.source!r}")
+    if not shares_prefix(params.sparsity):
+        raise ParamsError(
+            f"a second question over the first one's cache needs a visual prefix that depends on no question: "
+            f"sparsity.prefill suffix or dense with scoring_rows text, got {params.sparsity.prefill!r} and "
+            f"{params.sparsity.scoring_rows!r}"
+        )
+    made_by = made_by_turns(params, root)
+    if (done := current("turns", made_by, root)) is not None:
+        return done
+    pairs = [(row, second_question(row, params.seed)) for row in held_out(params, root)[:QUESTIONS]]
+    score = score_function(params.train.reward.correct)
+    found = {}
+    with Progress("turns", len(CHECKPOINTS)) as progress:
+        for checkpoint, directory in CHECKPOINTS.items():
+            model, processor = load(root / directory, params.model.dtype, params.model.device)
+            samplers = [sampler_at(model, processor, params, p) for p in (params.sparsity.p, DENSE)]
+            with decoder_attention(model):
+                found[checkpoint] = answered_twice(*samplers, pairs, score)
+            progress.advance(len(found))
+    result = {**head("turns", made_by, root), "p": params.sparsity.p, "questions": len(pairs), "checkpoints": found}
+    write_json_atomic(root / RESULT, result)
+    return result
+
+
+def second_question(row: Row, seed: int) -> Row:
+    """The row with another question about its canvas, drawn by ``seed`` and the row's id."""
+    others = [asked for asked in questions_about(row.meta["colours"], row.meta["labels"]) if asked[1] != row.question]
+    task, question, answer = others[np.random.default_rng([seed, *row.id.encode()]).integers(len(others))]
+    return replace(row, task=task, question=question, answer=answer)
+
+
+def answered_twice(
+    sparse: Sampler, dense: Sampler, pairs: Sequence[tuple[Row, Row]], score: ScoreFunction
+) -> dict[str, dict]:
+    """Of the second questions by what they are answered over: ``accuracy``, ``visual_token_ratio`` and ``scores``, a
+    character per question, "1" where it is right."""
+    scores: dict[str, list[float]] = {"dense": [], "dense_cache": [], "pruned_cache": []}
+    ratios: dict[str, list[float]] = {way: [] for way in scores}
+    for start in range(0, len(pairs), BATCH):
+        first, second = (list(rows) for rows in zip(*pairs[start : start + BATCH], strict=True))
+        left = sparse.deployed(first).kept
+        answers: dict[str, Rollouts] = {
+            "dense": dense.deployed(second),
+            "dense_cache": sparse.deployed(second),
+            "pruned_cache": sparse.deployed(second, partial(LeftoverContext, left=left)),
+        }
+        for way, found in answers.items():
+            texts = sparse.texts(found)
+            scores[way] += [score(text, row.answer) for text, row in zip(texts, second, strict=True)]
+            ratios[way] += found.visual_token_ratio.tolist()
+    return {
+        way: {
+            "accuracy": float(np.mean(scores[way])),
+            "visual_token_ratio": float(np.mean(ratios[way])),
+            "scores": "".join("1" if value > 0.5 else "0" for value in scores[way]),
+        }
+        for way in scores
+    }
+
+
+def made_by_turns(params: Params, root: Path) -> str:
+    """Names all that decides the result."""
+    return fingerprint([made_by_policy(params, root), code_digest(["evidence/turns.py"])])
