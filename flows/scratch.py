@@ -32,6 +32,7 @@ def copy_workspace(source: Path, target: Path, preset: str) -> None:
         if (source / name).is_file():  # git also lists files that were deleted on disk
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, target / name)
+    (target / "metrics/evidence").mkdir(parents=True)  # the stage report reads what is in it
     shutil.copy2(source / "presets" / f"{preset}.yaml", target / "params.yaml")
     subprocess.run(["git", "init", "--quiet"], cwd=target, check=True)
 

@@ -53,18 +53,21 @@ def _spread(lowest: float, highest: float, count: int) -> list[float]:
     return [round(lowest + (highest - lowest) * place / (count - 1), 4) for place in range(count)]
 
 
+def _seeds(name: str, question: str, **changes: object) -> list[Arm]:
+    """An arm with three seeds."""
+    more = [
+        Arm(other, "the same with another seed", seed=seed, **changes) for seed, other in enumerate(SEEDS[name]) if seed
+    ]
+    return [Arm(name, question, **changes), *more]
+
+
 ANY_BUDGET = (0.5, 0.6, 0.7, 0.8, 0.9)
-LONGER = {"steps": 600}
+SEEDS = {name: (name, f"{name}_seed_1", f"{name}_seed_2") for name in ("default", "prefill_sparse", "prefill_dense")}
 SFT = {"prompts_per_step": 32, "beta": 0.0}
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("default", "what the parameters of params.yaml give", at_any_budget=True),
-        Arm("default_seed_1", "the same with another seed", seed=1),
-        Arm("default_seed_2", "the same with another seed", seed=2),
-        Arm("longer", "twice as many steps", LONGER, at_any_budget=True),
-        Arm("longer_seed_1", "the same with another seed", LONGER, seed=1),
-        Arm("longer_seed_2", "the same with another seed", LONGER, seed=2),
+        *_seeds("default", "what the parameters of params.yaml give", at_any_budget=True),
         Arm(
             "literal",
             "the paper's objective as written: token log-probabilities alone, plain group advantages",
@@ -106,7 +109,7 @@ ARMS = {
             {"selection_policy": {"sigma": 0.0}},
             objective="dpo",
         ),
-        Arm("prefill_sparse", "sparse prefill in training and deployment", sparsity={"prefill": "sparse"}),
-        Arm("prefill_dense", "dense prefill in training and deployment", sparsity={"prefill": "dense"}),
+        *_seeds("prefill_sparse", "sparse prefill in training and deployment", sparsity={"prefill": "sparse"}),
+        *_seeds("prefill_dense", "dense prefill in training and deployment", sparsity={"prefill": "dense"}),
     )
 }

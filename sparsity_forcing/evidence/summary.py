@@ -1,8 +1,7 @@
-"""What the experiments say together: a table, a figure and one line of JSON."""
+"""What the experiments say together: blocks of a page, a figure and one line of JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from sparsity_forcing.evidence.arms import ARMS
-from sparsity_forcing.evidence.experiment import DENSE, current, made_by_arm, made_by_base
+from sparsity_forcing.evidence.experiment import DENSE, INPUTS, current, made_by_arm, made_by_base
 from sparsity_forcing.evidence.gradient import made_by_gradient
 from sparsity_forcing.evidence.lengths import made_by_lengths
 from sparsity_forcing.evidence.tables import (
@@ -19,12 +18,15 @@ from sparsity_forcing.evidence.tables import (
     cost_text,
     gradient_table,
     lengths_table,
-    seeds_text,
+    seeds_table,
+    turns_table,
 )
+from sparsity_forcing.evidence.turns import made_by_turns
 from sparsity_forcing.files import write_text_atomic
 from sparsity_forcing.params import Params, ParamsError
-from sparsity_forcing.reporting import formatting as fmt
+from sparsity_forcing.reporting.document import Block, Missing, Plot, Section, Text
 from sparsity_forcing.reporting.drawing import Drawing, new_figure
+from sparsity_forcing.reporting.markdown import render_block
 from sparsity_forcing.reporting.readme import with_block
 
 PAGE = Path("docs/evidence.md")
@@ -40,31 +42,47 @@ def read_results(params: Params, root: Path) -> dict[str, dict]:
     return {name: result for name, result in found.items() if result is not None}
 
 
-def write_summary(params: Params, root: Path) -> dict:
-    """Writes the tables into docs/evidence.md and the figure plots/evidence.png; returns the figures that are quoted.
+def blocks_of(results: dict[str, dict], params: Params, root: Path) -> dict[str, Block]:
+    """What is said of the experiments, by the name of its place in docs/evidence.md, in the order of the report.
 
     What has not run, or not with these parameters, this code, base and data, is called not measured.
     """
-    results, p = read_results(params, root), str(params.sparsity.p)
-    figure = curves(results).save_png(root / "plots")
-    gradient = current("gradient", made_by_gradient(params, root), root)
-    blocks = {
-        "arms": f"{arms_table(results, p)}\n\n![Visual tokens kept during training](../plots/{figure.name})",
-        "seeds": seeds_text(results, p),
-        "gradient": _or_not_measured(gradient_table, gradient),
+    p = str(params.sparsity.p)
+    return {
+        "seeds": seeds_table(results, p),
+        "arms": arms_table(results, p),
+        "gradient": gradient_table(current("gradient", made_by_gradient(params, root), root)),
         "budgets": budgets_table(results),
-        "lengths": _or_not_measured(lengths_table, current("lengths", made_by_lengths(params, root), root)),
-        "cost": _or_not_measured(cost_text, results.get("default")),
+        "turns": turns_table(current("turns", made_by_turns(params, root), root)),
+        "lengths": lengths_table(current("lengths", made_by_lengths(params, root), root)),
+        "cost": cost_text(results.get("default")),
     }
+
+
+def evidence_section(params: Params, root: Path) -> Section:
+    """The same for the report."""
+    title = "What in the training does it"
+    if missing := [path.as_posix() for path in INPUTS if not (root / path).exists()]:
+        return Section("evidence", title, [Missing("Controls and alternatives", f"no {', '.join(missing)}")])
+    results = read_results(params, root)
+    intro = Text(
+        "Controls and alternatives, each trained from the same base with what its line says changed. Made by "
+        "`make evidence`; docs/evidence.md says how to read it."
+    )
+    figure = [Plot(curves(results))] if len(results) > 1 else []
+    blocks = blocks_of(results, params, root).values()
+    return Section("evidence", title, [intro, *figure, *blocks])
+
+
+def write_summary(params: Params, root: Path) -> dict:
+    """Writes the tables of docs/evidence.md and the figure plots/evidence.png; returns the figures that are quoted."""
+    results = read_results(params, root)
+    curves(results).save_png(root / "plots")
     page = (root / PAGE).read_text(encoding="utf-8")
-    for name, block in blocks.items():
-        page = with_block(page, name, block, PAGE.as_posix())
+    for name, block in blocks_of(results, params, root).items():
+        page = with_block(page, name, render_block(block), PAGE.as_posix())
     write_text_atomic(root / PAGE, page)
-    return quoted(results, p)
-
-
-def _or_not_measured(text_of: Callable[[dict], str], found: dict | None) -> str:
-    return fmt.NOT_MEASURED if found is None else text_of(found)
+    return quoted(results, str(params.sparsity.p))
 
 
 def quoted(results: dict[str, dict], p: str) -> dict[str, float | None]:

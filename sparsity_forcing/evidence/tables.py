@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md: pure functions of the results."""
+"""What the experiments found, as blocks of a report: pure functions of the results."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from statistics import mean, stdev
 
 from scipy.stats import t as student
 
-from sparsity_forcing.evidence.arms import ANY_BUDGET, ARMS
+from sparsity_forcing.evidence.arms import ANY_BUDGET, ARMS, SEEDS
 from sparsity_forcing.evidence.experiment import DENSE
 from sparsity_forcing.reporting import formatting as fmt
+from sparsity_forcing.reporting.document import Column, Missing, Table, Text
 from sparsity_forcing.reporting.intervals import PairedDifference, agresti_min
 
-SEEDS = {name: (name, f"{name}_seed_1", f"{name}_seed_2") for name in ("default", "longer")}
-HEADER = (
-    "| experiment | visual tokens kept | accuracy | points against the dense base | policy of step "
-    "| at the last step, on validation: kept, accuracy |"
-)
+NOT_RUN = "`make evidence` runs what is missing"
 GRADIENTS = {
     "theorem": "1 − τ alone, through token log-probabilities",
     "efficiency_tokens": "efficiency as the literal objective has it (C, group's deviation), through the same",
@@ -24,40 +21,48 @@ GRADIENTS = {
     "efficiency_selection": "efficiency, through the sampled selection",
     "correct_selection": "correctness, through the sampled selection",
 }
+WAYS = {
+    "dense": "all tokens",
+    "dense_cache": "its own selection, from the dense visual prefix that was kept",
+    "pruned_cache": "what the first question kept",
+}
 
 
-def arms_table(results: dict[str, dict], p: str) -> str:
+def arms_table(results: dict[str, dict], p: str) -> Table | Missing:
     """Every experiment at the deployed budget, beside the untrained base: its policy on the test questions, and where
     its training ended on the validation questions."""
     if "base" not in results:
-        return fmt.NOT_MEASURED
+        return Missing("Experiments", NOT_RUN)
     base = results["base"]["test"]
     dense = base[str(DENSE)]
-    lines = [
-        f"At p = {p}, {fmt.amount(dense['questions'])} held-out questions. The dense base answers "
-        f"{fmt.percent(dense['accuracy'])}; differences are paired, with 95% intervals.",
-        "",
-        HEADER,
-        "|---|---|---|---|---|---|",
-        f"| the base, untrained | {_at(base[p], dense)} | – | – |",
-    ]
+    rows = [["base", "untrained", *_at(base[p], dense), "–", "–", "–"]]
     for name, arm in ARMS.items():
-        if name in results:
-            found = results[name]
-            step = str(found["policy_step"]) + ("" if found["within_guard"] else ", none was within the guard")
-            end = found["curve"][-1]
-            end = f"{fmt.percent(end['visual_token_ratio'])}, {fmt.percent(end['accuracy'])}"
-            lines.append(f"| `{name}`: {arm.question} | {_at(found['test'][p], dense)} | {step} | {end} |")
-        else:
-            lines.append(f"| `{name}`: {arm.question} | {fmt.NOT_MEASURED} | | | | |")
-    return "\n".join(lines)
+        if name not in results:
+            rows.append([name, arm.question, fmt.NOT_MEASURED, *[""] * 5])
+            continue
+        found = results[name]
+        step = str(found["policy_step"]) + ("" if found["within_guard"] else ", none was within the guard")
+        end = found["curve"][-1]
+        ended = [fmt.percent(end["visual_token_ratio"]), fmt.percent(end["accuracy"])]
+        rows.append([name, arm.question, *_at(found["test"][p], dense), step, *ended])
+    caption = (
+        f"At p = {p}, {fmt.amount(dense['questions'])} held-out questions. The dense base answers "
+        f"{fmt.percent(dense['accuracy'])}; differences to it are paired, with 95% intervals"
+    )
+    columns = [
+        *(Column("Experiment", numeric=False), Column("What it is", numeric=False)),
+        *(Column("Visual tokens kept"), Column("Accuracy"), Column("Points"), Column("Policy of step")),
+        *(Column(label, group="last step, validation") for label in ("kept", "accuracy")),
+    ]
+    headlines = frozenset(place for place, row in enumerate(rows) if row[0] in SEEDS["default"])
+    return Table(caption, columns, rows, highlight=headlines)
 
 
-def _at(one: dict, dense: dict) -> str:
-    """The cells that the base and the arms share."""
+def _at(one: dict, dense: dict) -> list[str]:
+    """Visual tokens kept, accuracy, and points against ``dense`` on the same questions."""
     found = paired(one["scores"], dense["scores"])
     difference = f"{fmt.points(found.difference)} ({fmt.points(found.low)} … {fmt.points(found.high)})"
-    return f"{fmt.percent(one['visual_token_ratio'])} | {fmt.percent(one['accuracy'])} | {difference}"
+    return [fmt.percent(one["visual_token_ratio"]), fmt.percent(one["accuracy"]), difference]
 
 
 def paired(first: str, second: str) -> PairedDifference:
@@ -66,23 +71,32 @@ def paired(first: str, second: str) -> PairedDifference:
     return agresti_min(pairs.count(("1", "0")), pairs.count(("0", "1")), len(pairs))
 
 
-def seeds_text(results: dict[str, dict], p: str) -> str:
+def seeds_table(results: dict[str, dict], p: str) -> Table | Missing:
     """Of the headlines, where every seed has run: the ratios, and the mean loss with Student's 95% interval."""
-    dense = results["base"]["test"][str(DENSE)]["accuracy"] if "base" in results else math.nan
-    lines = []
+    if "base" not in results:
+        return Missing("The headline across seeds", NOT_RUN)
+    dense = results["base"]["test"][str(DENSE)]["accuracy"]
+    rows = []
     for headline, names in SEEDS.items():
-        if not all(name in results for name in ("base", *names)):
-            lines.append(f"- `{headline}`, {len(names)} seeds: {fmt.NOT_MEASURED}.")
+        if not all(name in results for name in names):
+            rows.append([headline, str(len(names)), fmt.NOT_MEASURED, *[""] * 3])
             continue
         at = [results[name]["test"][p] for name in names]
         ratios = [found["visual_token_ratio"] for found in at]
         loss = student_interval([found["accuracy"] - dense for found in at])
-        lines.append(
-            f"- `{headline}`, {len(names)} seeds: visual tokens kept {', '.join(map(fmt.percent, ratios))} (mean "
-            f"{fmt.percent(mean(ratios))}), accuracy against the dense base {fmt.points(loss[0])} "
-            f"({fmt.points(loss[1])} … {fmt.points(loss[2])}) points."
-        )
-    return "\n".join([*lines, "", "All seeds train from one base."])
+        difference = f"{fmt.points(loss[0], 2)} ({fmt.points(loss[1], 2)} … {fmt.points(loss[2], 2)})"
+        accuracies = ", ".join(fmt.percent(found["accuracy"]) for found in at)
+        shown = ", ".join(map(fmt.percent, ratios))
+        rows.append([headline, str(len(names)), shown, fmt.percent(mean(ratios)), accuracies, difference])
+    caption = (
+        f"At p = {p}, all seeds from one base, which answers {fmt.percent(dense)} dense. The points are the mean over "
+        "the seeds with Student's 95% interval"
+    )
+    columns = [
+        *(Column("Experiment", numeric=False), Column("Seeds"), Column("Visual tokens kept"), Column("Mean")),
+        *(Column("Accuracy"), Column("Points against the dense base")),
+    ]
+    return Table(caption, columns, rows)
 
 
 def student_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -92,60 +106,85 @@ def student_interval(values: list[float], confidence: float = 0.95) -> tuple[flo
     return centre, centre - half, centre + half
 
 
-def gradient_table(found: dict) -> str:
+def gradient_table(found: dict | None) -> Table | Missing:
     """Signal and noise of the parts of the gradient."""
-    lines = [
-        f"{found['draws']} draws of the rollouts of {found['prompts']} prompts at the base's weights.",
-        "",
-        "| part of the gradient | signal | its error | signal / error | signal / noise |",
-        "|---|---|---|---|---|",
-    ]
+    if found is None:
+        return Missing("Signal and noise of the gradient", NOT_RUN)
+    rows = []
     for name, text in GRADIENTS.items():
         part = found["parts"][name]
         ratio = "–" if part["z"] is None else f"{part['z']:.1f}"
         against = f"{part['signal'] / part['noise']:.3f}" if part["noise"] else "–"
-        lines.append(f"| {text} | {part['signal']:.2e} | {part['error']:.1e} | {ratio} | {against} |")
-    return "\n".join(lines)
+        rows.append([text, f"{part['signal']:.2e}", f"{part['error']:.1e}", ratio, against])
+    columns = [
+        *(Column("Part of the gradient", numeric=False), Column("Signal"), Column("Its error")),
+        *(Column("Signal / error"), Column("Signal / noise")),
+    ]
+    caption = f"{found['draws']} draws of the rollouts of {found['prompts']} prompts at the base's weights"
+    return Table(caption, columns, rows)
 
 
-def budgets_table(results: dict[str, dict]) -> str:
+def budgets_table(results: dict[str, dict]) -> Table | Missing:
     """Visual tokens kept and accuracy of base and policies at every budget they were judged at."""
     names = [name for name in ("base", *ARMS) if name in results and str(ANY_BUDGET[0]) in results[name]["test"]]
     if not names:
-        return fmt.NOT_MEASURED
-    lines = [f"| p | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (len(names) + 1) + "|"]
+        return Missing("Accuracy at any budget", NOT_RUN)
+    rows = []
     for p in sorted(results[names[0]]["test"], key=float):
         at = [results[name]["test"].get(p) for name in names]
         cells = [fmt.percent(found["accuracy"]) + " at " + fmt.percent(found["visual_token_ratio"]) for found in at]
-        lines.append(f"| {p} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([p, *cells])
+    return Table("Accuracy at visual tokens kept", [Column("p"), *(Column(name) for name in names)], rows)
 
 
-def lengths_table(found: dict) -> str:
+def lengths_table(found: dict | None) -> Table | Missing:
     """Base and policy by the length of the prompt."""
+    if found is None:
+        return Missing("Longer prompts", NOT_RUN)
     at = {(one["checkpoint"], one["visual_tokens"], one["p"]): one for one in found["lengths"]}
     sizes = sorted({tokens for _, tokens, _ in at})
     (p,) = {p for *_, p in at} - {DENSE}
-    lines = [
-        f"{found['lengths'][0]['questions']} questions a length, p = {p}.",
-        "",
-        "| visual tokens | kept by the base | kept by the policy | base: dense, sparse | policy: dense, sparse |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for tokens in sizes:
         kept = [fmt.percent(at[name, tokens, p]["visual_token_ratio"]) for name in ("base", "policy")]
         right = [
-            ", ".join(fmt.percent(at[name, tokens, budget]["accuracy"]) for budget in (DENSE, p))
-            for name in ("base", "policy")
+            fmt.percent(at[name, tokens, budget]["accuracy"]) for name in ("base", "policy") for budget in (DENSE, p)
         ]
-        lines.append(f"| {fmt.amount(tokens)} | {' | '.join([*kept, *right])} |")
-    return "\n".join(lines)
+        rows.append([fmt.amount(tokens), *kept, *right])
+    columns = [
+        Column("Visual tokens"),
+        *(Column(name, group="kept by") for name in ("base", "policy")),
+        *(Column(kind, group=f"accuracy of the {name}") for name in ("base", "policy") for kind in ("dense", "sparse")),
+    ]
+    return Table(f"{found['lengths'][0]['questions']} questions a length, p = {p}", columns, rows)
 
 
-def cost_text(found: dict) -> str:
+def turns_table(found: dict | None) -> Table | Missing:
+    """The second question by what it is answered over."""
+    if found is None:
+        return Missing("A second question on the same image", NOT_RUN)
+    rows = [
+        [checkpoint, text, *_at(ways[way], ways["dense"])]
+        for checkpoint, ways in found["checkpoints"].items()
+        for way, text in WAYS.items()
+    ]
+    caption = (
+        f"{fmt.amount(found['questions'])} second questions, p = {found['p']:g}; points against the same model's "
+        "answers over all tokens are paired, with 95% intervals"
+    )
+    columns = [
+        *(Column("Checkpoint", numeric=False), Column("The second question is answered over", numeric=False)),
+        *(Column("Visual tokens"), Column("Accuracy"), Column("Points")),
+    ]
+    return Table(caption, columns, rows)
+
+
+def cost_text(found: dict | None) -> Text | Missing:
     """What a training took, beside what it was."""
-    return (
-        f"`{found['name']}`: {fmt.amount(found['rollouts'])} rollouts of {fmt.amount(found['prompts'])} prompts, "
+    if found is None:
+        return Missing("The cost of a training", NOT_RUN)
+    return Text(
+        f"Cost of {found['name']}: {fmt.amount(found['rollouts'])} rollouts of {fmt.amount(found['prompts'])} prompts, "
         f"{fmt.amount(found['prompt_tokens'])} prompt tokens (a prompt's counted for each of its rollouts, though they "
         f"share one pass) and {fmt.amount(found['new_tokens'])} sampled tokens, {found['seconds'] / 3600:.2f} hours on "
         f"{found['hardware']}, validation included."

@@ -10,7 +10,7 @@ from sparsity_forcing.lineage import Lineage
 from sparsity_forcing.params import Params
 from sparsity_forcing.reporting.closing import limits_section, lineage_section, paper_section
 from sparsity_forcing.reporting.content import Headline, Measured, cards, headline_text, setting_lines
-from sparsity_forcing.reporting.document import Report
+from sparsity_forcing.reporting.document import Report, Section
 from sparsity_forcing.reporting.examples import examples_section
 from sparsity_forcing.reporting.inputs import Inputs
 from sparsity_forcing.reporting.markdown import FIGURES, render_markdown
@@ -28,8 +28,10 @@ def build_report(
     lineage: Lineage,
     links: Sequence[tuple[str, str]] = (),
     run_ids: Sequence[str] = (),
+    more: Sequence[Section] = (),
 ) -> Report:
-    """The report as a document; nothing is written."""
+    """The report as a document; nothing is written. ``more``: sections that stand before the comparison with the
+    paper."""
     return Report(
         title="Sparsity Forcing: results",
         headline=headline_text(found),
@@ -42,6 +44,7 @@ def build_report(
             examples_section(measured, example_ids),
             efficiency_section(measured),
             profile_section(inputs),
+            *more,
             paper_section(inputs, found, params, measured),
             limits_section(params),
             lineage_section(lineage, params, links, run_ids),

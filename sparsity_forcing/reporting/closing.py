@@ -74,7 +74,7 @@ def _published_table(table: published.PublishedTable) -> Table:
 def limits_section(params: Params) -> Section:
     """What a reader must not conclude."""
     notes = [
-        "One training run with one seed: how much results differ between seeds is not measured here.",
+        "The headline is one training run with one seed; what other seeds gave, where they have run, is said above.",
         "Training lowers a token ratio, not a latency. What that is worth in time depends on hardware, batch and "
         "length; the section on decode time states what was measured.",
     ]

@@ -17,8 +17,13 @@ def render_markdown(report: Report) -> str:
     for section in report.sections:
         lines += ["", f"## {section.title}"]
         for block in section.blocks:
-            lines += ["", *_RENDER[type(block)](block)]
+            lines += ["", render_block(block)]
     return "\n".join(lines) + "\n"
+
+
+def render_block(block: Block) -> str:
+    """One block, without a line break at its end."""
+    return "\n".join(_RENDER[type(block)](block))
 
 
 def _text(block: Text) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sparsity_forcing.evidence.summary import evidence_section
 from sparsity_forcing.files import json_text, replace_file
 from sparsity_forcing.lineage import read_lineage
 from sparsity_forcing.params import Params
@@ -36,7 +37,8 @@ def run(params: Params, root: Path) -> dict:
     if run_ids:
         links = [("Compare the evaluation runs in MLflow", tracker.compare_url(run_ids))]
         links.append(("All runs of this experiment", tracker.experiment_url()))
-    report = build_report(params, inputs, found, measured, example_ids, read_lineage(root, "report"), links, run_ids)
+    lineage, more = read_lineage(root, "report"), [evidence_section(params, root)]
+    report = build_report(params, inputs, found, measured, example_ids, lineage, links, run_ids, more)
     folder, metrics_path = root / "reports", root / "metrics/report.json"
     with tracker.run(stage="report", name="report", params={"sparse.p": params.sparsity.p}) as run:
         with replace_file(metrics_path) as temporary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scipy.stats import ttest_1samp
 
-from sparsity_forcing.evidence.arms import ARMS
+from sparsity_forcing.evidence.arms import ARMS, SEEDS
 from sparsity_forcing.evidence.summary import quoted
 from sparsity_forcing.evidence.tables import (
     GRADIENTS,
@@ -15,9 +15,11 @@ from sparsity_forcing.evidence.tables import (
     gradient_table,
     lengths_table,
     paired,
-    seeds_text,
+    seeds_table,
     student_interval,
+    turns_table,
 )
+from sparsity_forcing.reporting.document import Missing
 
 
 def result(name: str, ratio: float, scores: str, **more) -> dict:
@@ -59,15 +61,18 @@ def test_the_quoted_figures_are_those_of_the_results():
 
 
 def test_the_table_has_every_experiment_and_says_what_has_not_run():
-    lines = arms_table(RESULTS, "0.975").splitlines()
-    of = {name: next(line for line in lines if line.startswith(f"| `{name}`")) for name in ARMS}
-    assert "31.0% | 80.0% | −10.0 (" in of["default"]
-    assert of["default"].endswith("| 30 | 12.5%, 50.0% |")
-    assert "95.0% | 90.0% | ±0.0 (" in of["literal"]
-    assert "| 30, none was within the guard |" in of["literal"]
-    assert "not measured" in of["shuffled"]
-    assert all(line.count("|") == 7 for line in lines if line.startswith("|"))
-    assert arms_table({name: found for name, found in RESULTS.items() if name != "base"}, "0.975") == "not measured"
+    table = arms_table(RESULTS, "0.975")
+    of = {row[0]: row for row in table.rows}
+    assert of.keys() == {"base", *ARMS}
+    assert of["default"][2:4] == ["31.0%", "80.0%"]
+    assert of["default"][4].startswith("−10.0 (")
+    assert of["default"][5:] == ["30", "12.5%", "50.0%"]
+    assert of["literal"][2:4] == ["95.0%", "90.0%"]
+    assert of["literal"][4].startswith("±0.0 (")
+    assert of["literal"][5] == "30, none was within the guard"
+    assert of["shuffled"][2:] == ["not measured", *[""] * 5]
+    assert [table.rows[place][0] for place in sorted(table.highlight)] == list(SEEDS["default"])
+    assert isinstance(arms_table({name: found for name, found in RESULTS.items() if name != "base"}, "0.975"), Missing)
 
 
 def test_differences_are_paired():
@@ -86,31 +91,32 @@ def test_the_interval_over_seeds_is_students():
 
 
 def test_seeds_are_only_spoken_of_when_all_have_run():
-    assert seeds_text(RESULTS, "0.975").count("3 seeds: not measured.") == 2
-    assert seeds_text({}, "0.975").count("3 seeds: not measured.") == 2
+    rows = seeds_table(RESULTS, "0.975").rows
+    assert [row[:3] for row in rows] == [[name, "3", "not measured"] for name in SEEDS]
+    assert isinstance(seeds_table({}, "0.975"), Missing)
     seeds = {name: result(name, 0.3, "1111111100") for name in ("default_seed_1", "default_seed_2")}
-    said = seeds_text(RESULTS | seeds, "0.975")
-    assert "- `default`, 3 seeds: visual tokens kept 31.0%, 30.0%, 30.0% (mean 30.3%)" in said
+    row = seeds_table(RESULTS | seeds, "0.975").rows[0]
+    assert row == ["default", "3", "31.0%, 30.0%, 30.0%", "30.3%", "80.0%, 80.0%, 80.0%", "−10.00 (−10.00 … −10.00)"]
 
 
 def test_the_gradient_table_names_every_part():
     parts = {name: {"signal": 1e-3, "error": 1e-4, "noise": 2.0, "z": 10.0, "draws": 40} for name in GRADIENTS}
     parts["correct_tokens"] |= {"noise": 0.0, "error": 0.0, "z": None}  # every answer was right every time
     table = gradient_table({"draws": 40, "prompts": 32, "parts": parts})
-    assert table.startswith("40 draws of the rollouts of 32 prompts")
-    assert table.count("| 1.00e-03 | 1.0e-04 | 10.0 | 0.001 |") == 4
-    assert table.count("| – | – |") == 1
+    assert table.caption.startswith("40 draws of the rollouts of 32 prompts")
+    assert [row[1:] for row in table.rows].count(["1.00e-03", "1.0e-04", "10.0", "0.001"]) == 4
+    assert [row[3:] for row in table.rows].count(["–", "–"]) == 1
 
 
 def test_budgets_are_compared_for_those_that_were_judged_at_them():
     results = {name: result(name, ratio, "1111111100") for name, ratio in (("base", 0.9), ("default", 0.3))}
     for name, found in results.items():
         found["test"]["0.5"] = {"accuracy": 0.25 if name == "base" else 0.75, "visual_token_ratio": 0.125}
-    lines = budgets_table(results | {"literal": result("literal", 0.9, "1111111100")}).splitlines()
-    assert lines[0] == "| p | `base` | `default` |"
-    assert lines[2] == "| 0.5 | 25.0% at 12.5% | 75.0% at 12.5% |"
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| 0.5", "| 0.975", "| 1.0"]
-    assert budgets_table({}) == "not measured"
+    table = budgets_table(results | {"literal": result("literal", 0.9, "1111111100")})
+    assert [column.label for column in table.columns] == ["p", "base", "default"]
+    assert table.rows[0] == ["0.5", "25.0% at 12.5%", "75.0% at 12.5%"]
+    assert [row[0] for row in table.rows] == ["0.5", "0.975", "1.0"]
+    assert isinstance(budgets_table({}), Missing)
 
 
 def test_lengths_are_in_order():
@@ -121,14 +127,25 @@ def test_lengths_are_in_order():
         for tokens in (4096, 64)
         for p in (0.975, 1.0)
     ]
-    lines = lengths_table({"lengths": at}).splitlines()
-    assert lines[0] == "24 questions a length, p = 0.975."
-    assert lines[4] == "| 64 | 100.0% | 100.0% | 50.0%, 50.0% | 50.0%, 50.0% |"
-    assert lines[5].startswith("| 4,096 | 1.6% | 1.6% |")
+    table = lengths_table({"lengths": at})
+    assert table.caption == "24 questions a length, p = 0.975"
+    assert table.rows[0] == ["64", "100.0%", "100.0%", *["50.0%"] * 4]
+    assert table.rows[1][:3] == ["4,096", "1.6%", "1.6%"]
+
+
+def test_second_questions_are_compared_with_the_same_models_own():
+    ways = {
+        way: {"accuracy": scores.count("1") / 4, "visual_token_ratio": ratio, "scores": scores}
+        for way, ratio, scores in (("dense", 1.0, "1110"), ("dense_cache", 0.25, "1101"), ("pruned_cache", 0.2, "1000"))
+    }
+    table = turns_table({"p": 0.975, "questions": 4, "checkpoints": {"base": ways, "policy": ways}})
+    assert [row[0] for row in table.rows] == ["base"] * 3 + ["policy"] * 3
+    assert [row[2:4] for row in table.rows[:3]] == [["100.0%", "75.0%"], ["25.0%", "75.0%"], ["20.0%", "25.0%"]]
+    assert [row[4].split(" ")[0] for row in table.rows[3:]] == ["±0.0", "±0.0", "−50.0"]
 
 
 def test_the_cost_is_said_in_full():
     found = {"name": "default", "rollouts": 19200, "prompts": 2400, "prompt_tokens": 10**6, "new_tokens": 70000}
-    said = cost_text(found | {"seconds": 360.0, "hardware": "one core"})
-    assert said.startswith("`default`: 19,200 rollouts of 2,400 prompts, 1,000,000 prompt tokens")
+    said = cost_text(found | {"seconds": 360.0, "hardware": "one core"}).text
+    assert said.startswith("Cost of default: 19,200 rollouts of 2,400 prompts, 1,000,000 prompt tokens")
     assert said.endswith("and 70,000 sampled tokens, 0.10 hours on one core, validation included.")

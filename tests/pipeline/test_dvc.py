@@ -95,7 +95,8 @@ def test_a_parameter_makes_stale_what_depends_on_it(restored, key, value, expect
         ("user_data/train.jsonl", {"prepare"}),
         ("user_models/mine.safetensors", {"base"}),
         ("user_code/scores.py", {"profile", "train", "evaluate"}),
-        ("sparsity_forcing/rl/loss.py", {"train"}),
+        ("sparsity_forcing/rl/loss.py", {"train", "report"}),  # the report says what is current of the evidence
+        ("metrics/evidence/default.json", {"report"}),
         ("sparsity_forcing/reporting/plots.py", {"report"}),
         ("sparsity_forcing/selection/rules.py", {"profile", "train", "evaluate", "report"}),
         ("data/prepared/file", {"prepare", "profile", "train", "evaluate", "report"}),  # prepare: its output changed
