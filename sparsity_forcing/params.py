@@ -253,16 +253,11 @@ class SelectionPolicyParams(_Section):
     ``credit``: what judges a layer's selection. ``joint``: the rollout's reward, as its tokens are. ``layer``: the
     same reward with the layer's own ratio in the place of the mean over layers, so that a layer is not paid for what
     the others drew.
-
-    ``token_credit``: what judges a rollout's tokens beside it. ``joint``: its reward. ``correct``: its correctness
-    alone; the token ratio does not depend on the tokens, so that their gradient loses noise, and no more than what C
-    and the group's deviation add to it (docs/evidence.md).
     """
 
     sigma: NonNegativeFloat = 0.5
     weight: NonNegativeFloat = 0.01
     credit: Literal["layer", "joint"] = "layer"
-    token_credit: Literal["joint", "correct"] = "joint"
 
 
 class LoraParams(_Section):

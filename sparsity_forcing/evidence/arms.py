@@ -75,6 +75,8 @@ ARMS = {
         ),
         Arm("no_efficiency", "is it the efficiency reward, or sampling alone?", {"reward": {"weight_efficiency": 0.0}}),
         Arm("shuffled", "every rollout is paid for a cost drawn from the whole step", {"reward": {"shuffle": True}}),
+        Arm("all_weights", "all weights of the decoder trained, more slowly", {"lora": None, "learning_rate": 4e-4}),
+        Arm("layers_joint", "a layer's selection paid the joint reward", {"selection_policy": {"credit": "joint"}}),
         Arm("raw_advantages", "without centring by budget", {"center_by_budget": False}),
         Arm("one_budget", "one budget instead of eight", {"budgets": [0.975]}),
         Arm("hard", "trained on questions the base gets wrong, C on", rows="hard"),

@@ -81,15 +81,13 @@ def credit(facts: Facts, config: TrainParams, costs: CostModel = TOKEN_RATIO, se
         return rewards, group_advantages(rewards.total, config.scale_rewards, budgets)
 
     rewards, advantages = judged(facts.token_ratio)
-    layers, policy = facts.layer_ratio, config.selection_policy
-    if not policy.sigma:
-        return Credit(rewards, advantages, layers.new_zeros(0, layers.shape[1]))
-    if policy.credit == "layer":
+    layers = facts.layer_ratio
+    if not config.selection_policy.sigma:
+        selection = layers.new_zeros(0, layers.shape[1])
+    elif config.selection_policy.credit == "layer":
         selection = torch.stack([judged(ratio)[1].flatten() for ratio in layers])
     else:
         selection = advantages.flatten().expand(len(layers), -1)
-    if policy.token_credit == "correct":
-        advantages = group_advantages(rewards.correct, config.scale_rewards)
     return Credit(rewards, advantages, selection)
 
 

@@ -46,16 +46,6 @@ def test_sigma_alone_is_not_the_literal_objective():
     assert not torch.equal(credit(scene, still_centred).advantages, credit(scene, params(**LITERAL)).advantages)
 
 
-def test_tokens_may_be_paid_for_being_right_alone():
-    scene = facts([1, 0, 1, 1], [0.5, 0.6, 0.7, 0.8])
-    joint, apart = (credit(scene, params(selection_policy={"token_credit": of})) for of in ("joint", "correct"))
-    torch.testing.assert_close(apart.advantages, torch.tensor([[0.7070, -0.7070], [0.0, 0.0]]), atol=1e-4, rtol=0)
-    assert not torch.equal(apart.advantages, joint.advantages)
-    assert torch.equal(apart.selection_advantages, joint.selection_advantages)
-    literal = {"selection_policy": {"sigma": 0.0, "token_credit": "correct"}, "center_by_budget": False}
-    assert torch.equal(credit(scene, params(**literal)).advantages, credit(scene, params(**LITERAL)).advantages)
-
-
 def test_a_wrong_group_is_paid_only_where_the_gate_is_off():
     scene = facts([0, 0, 1, 0], [0.5, 0.6, 0.7, 0.8])
     paid = credit(scene, params()).rewards.efficiency
