@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsity_forcing.params import Params, SparsityParams, TrainParams
+from sparsity_forcing.params import LoraParams, Params, SparsityParams, TrainParams, load_params
 
 ROWS = [
     [cell.strip() for cell in line.strip("|\n").split("|")]
@@ -16,9 +16,12 @@ ROWS = [
 ][2:]
 
 
-def default(key: str):
+SMALL = load_params(Path(__file__).parents[1] / "params.yaml")
+
+
+def value_of(key: str, sparsity: SparsityParams, train: TrainParams):
     section, *path = key.split(".")
-    value = {"sparsity": SparsityParams(), "train": TrainParams()}[section]
+    value = {"sparsity": sparsity, "train": train}[section]
     assert section in Params.model_fields
     for name in path:
         assert name in type(value).model_fields, key
@@ -26,9 +29,9 @@ def default(key: str):
     return value
 
 
-@pytest.mark.parametrize("quantity, keys, published, written", ROWS, ids=[row[0] for row in ROWS])
-def test_every_parameter_exists_with_its_default(quantity, keys, published, written):
-    values = [default(key) for key in re.findall(r"`([a-z_.]+)`", keys)]
+@pytest.mark.parametrize("quantity, keys, published, written, small", ROWS, ids=[row[0] for row in ROWS])
+def test_every_parameter_exists_with_its_default(quantity, keys, published, written, small):
+    values = [value_of(key, SparsityParams(), TrainParams()) for key in re.findall(r"`([a-z_.]+)`", keys)]
     assert values
     assert published
     numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", written)]
@@ -37,6 +40,18 @@ def test_every_parameter_exists_with_its_default(quantity, keys, published, writ
         written in ("the same", "all", "yes")
     )
     assert set(names) <= {value for value in values if isinstance(value, str)}
+
+
+@pytest.mark.parametrize("quantity, keys, published, written, small", ROWS, ids=[row[0] for row in ROWS])
+def test_what_params_yaml_sets_is_told_where_it_differs(quantity, keys, published, written, small):
+    differs = []
+    for key in re.findall(r"`([a-z_.]+)`", keys):
+        value = value_of(key, SMALL.sparsity, SMALL.train)
+        if value != value_of(key, SparsityParams(), TrainParams()):
+            differs += [value.r, *value.targets] if isinstance(value, LoraParams) else [value]
+    told = re.findall(r"`(\w+)`|(\d+(?:\.\d+)?(?:e-\d+)?)", small)
+    assert [name or float(number) for name, number in told] == differs
+    assert (small == "–") == (not differs)
 
 
 def test_what_is_the_same_as_in_the_paper_is():
