@@ -11,6 +11,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -114,7 +115,16 @@ def code_digest(paths: Sequence[Path | str]) -> str:
 
 
 def file_digest(path: Path, algorithm: str) -> str:
-    """Digest of a file's content in hexadecimal digits; ``algorithm`` as in `hashlib`."""
+    """Digest of a file's content in hexadecimal digits; ``algorithm`` as in `hashlib`.
+
+    A file is read again only when it has changed: weights are large.
+    """
+    state = path.stat()
+    return _file_digest(path.absolute(), algorithm, state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _file_digest(path: Path, algorithm: str, mtime_ns: int, size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 

@@ -37,6 +37,10 @@ class TrackingError(RuntimeError):
     """MLflow's store cannot be used; the message names it and the way out."""
 
 
+class CopiedStoreError(TrackingError, ValueError):
+    """The store is that of another workspace: what is logged would be written there."""
+
+
 class Run:
     """One MLflow run that is under way."""
 
@@ -211,12 +215,12 @@ class Tracker:
                 found = self._client.get_experiment_by_name(name)
                 if found is None:
                     raise error from None
-        own = (self.root / "mlruns").as_uri()
-        if self.uri == _own_store(self.root) and not found.artifact_location.startswith(own):
-            raise TrackingError(
-                f"the workspace was copied or moved: the experiment {name!r} in {self.root / 'mlflow.db'} keeps its "
-                f"files in {found.artifact_location}; remove mlflow.db and mlruns/ here to begin a new record, or set "
-                "another tracking.experiment to keep the old one beside it"
+        files, here = found.artifact_location, f"{self.root.as_uri()}/"
+        if self.uri == _own_store(self.root) and files.startswith("file:") and not files.startswith(here):
+            raise CopiedStoreError(
+                f"the experiment {name!r} in {self.root / 'mlflow.db'} keeps its files in {files}: this workspace is a "
+                "copy of that one, or was moved from there. Move it back, set another tracking.experiment, or remove "
+                "mlflow.db and mlruns/ here, which forgets the runs in this copy"
             )
         if found.lifecycle_stage == "deleted":
             raise TrackingError(

@@ -48,7 +48,7 @@ def test_what_params_yaml_sets_is_told_where_it_differs(quantity, keys, publishe
     for key in re.findall(r"`([a-z_.]+)`", keys):
         value = value_of(key, SMALL.sparsity, SMALL.train)
         if value != value_of(key, SparsityParams(), TrainParams()):
-            differs += [value.r, *value.targets] if isinstance(value, LoraParams) else [value]
+            differs += [value.r, value.alpha, *value.targets] if isinstance(value, LoraParams) else [value]
     told = re.findall(r"`(\w+)`|(\d+(?:\.\d+)?(?:e-\d+)?)", small)
     assert [name or float(number) for name, number in told] == differs
     assert (small == "–") == (not differs)

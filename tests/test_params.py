@@ -71,6 +71,10 @@ def test_the_gpu_preset_has_long_prompts_and_a_model_to_match():
         ({"train": {"num_generations": 3}}, ["train", "num_generations (3)", "multiple"]),
         ({"evaluate": {"budgets": [0.5]}}, ["evaluate.budgets", "sparsity.p = 0.975"]),
         ({"data": {"source": "chat_jsonl"}}, ["data", "user.path"]),
+        (
+            {"data": {"source": "chat_jsonl", "user": {"path": "user_data/rows.jsonl"}}},
+            ["'chat_jsonl' does not go with model.name 'scratch'", "user_models/"],
+        ),
         ({"data": {"source": "imagenet"}}, ["data.source", "'digits'", "'chat_jsonl'", "'imagenet'"]),
         ({"data": {"digits": {"tasks": []}}}, ["data.digits.tasks", "at least one"]),
         ({"model": {"name": "scratch", "curriculum": []}}, ["model", "curriculum"]),

@@ -101,7 +101,9 @@ def _messages(values: dict[str, Any]) -> list[dict[str, Any]]:
 def _turn(values: dict[str, Any], key: str, role: str) -> list[dict[str, Any]]:
     value = values[key]
     if value is not None and not isinstance(value, str | list):
-        raise BadRow(Reason.UNSUPPORTED_CONTENT, f"{key} must be text or a list of messages, got {value!r}")
+        raise BadRow(
+            Reason.UNSUPPORTED_CONTENT, f"{key} must be text or a list of messages, got {type(value).__name__}"
+        )
     return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 

@@ -33,7 +33,7 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 
 
-MIN_VALIDATION_ROWS = 3  # the profile takes them in thirds by prompt length
+MIN_OWN_VALIDATION_ROWS = 3  # the profile takes the user's own in thirds by prompt length
 
 
 class DataError(ValueError):
@@ -136,8 +136,10 @@ def _checked(candidate: Candidate, limits: Limits, seen: set[str]) -> tuple[Row,
     return candidate.row, sizes
 
 
-def require_usable(summary: Summary, max_quarantine_fraction: float, quarantine: Path) -> None:
-    """Raises DataError when too many rows are in quarantine, a split has none, or validation fewer than three."""
+def require_usable(
+    summary: Summary, max_quarantine_fraction: float, quarantine: Path, min_validation_rows: int = 1
+) -> None:
+    """Raises DataError when too many rows are in quarantine, a split has none, or validation too few."""
     if not summary.rows_in:
         raise DataError("the source holds no rows")
     if summary.quarantined_fraction > max_quarantine_fraction:
@@ -153,9 +155,9 @@ def require_usable(summary: Summary, max_quarantine_fraction: float, quarantine:
             "or raise data.user.validation_share / data.user.test_share"
         )
     validation = sum(count for (of, _), count in summary.rows.items() if of == "validation")
-    if validation < MIN_VALIDATION_ROWS:
+    if validation < min_validation_rows:
         raise DataError(
-            f"the split validation has {validation} row(s), at least {MIN_VALIDATION_ROWS} are needed; add rows, name "
+            f"the split validation has {validation} row(s), at least {min_validation_rows} are needed; add rows, name "
             "the split in them, or raise data.user.validation_share"
         )
 

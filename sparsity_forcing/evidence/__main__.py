@@ -38,6 +38,7 @@ UNTRAINED = {
     "turns": turns.measure,
 }
 OF_THE_POLICY = {"lengths", "turns"}
+WHY_NOT = {"gradient": gradient.why_not, "lengths": lengths.why_not, "turns": turns.why_not}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -53,9 +54,10 @@ def main(
     if unknown := sorted(set(experiments or ()) - set(known)):
         typer.echo(f"evidence: there is no experiment {', '.join(unknown)}; one of {', '.join(known)}", err=True)
         raise typer.Exit(2)
-    names = list(dict.fromkeys(["base", *(experiments or known)]))
     try:
         params = load_params(ROOT / "params.yaml")
+        possible = [name for name in known if name not in WHY_NOT or not WHY_NOT[name](params)]
+        names = list(dict.fromkeys(["base", *(experiments or possible)]))
         require_inputs(ROOT, INPUTS | ({POLICY: "train"} if OF_THE_POLICY & set(names) else {}))
         require_same_data(params, ROOT)
         for name in names:
@@ -82,7 +84,9 @@ def require_same_data(params: Params, root: Path) -> None:
         last = read_rows(root / TEST)[-1]
         place = params.data.digits.test_rows - 1
         if last != digits_row(params.data.digits, params.seed, "test", place):
-            raise ParamsError(f"{TEST} was not made with these parameters of data.digits; run `make pipeline` first")
+            raise ParamsError(
+                f"{TEST} was not made with these parameters of data.digits and this code; run `make pipeline` first"
+            )
 
 
 def run_all(names: Sequence[str], jobs: int) -> list[str]:

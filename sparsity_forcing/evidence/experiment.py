@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparsity_forcing.attention.api import decoder_attention
@@ -44,7 +44,7 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
     own = arm.params(params)
     made_by = made_by_arm(arm, params, root)
     checkpoints = Checkpoints(root / CHECKPOINTS / arm.name, made_by, own.train.keep_checkpoints)
-    if (done := current(arm.name, made_by, root)) is not None:
+    if (done := current(arm.name, lambda: made_by, root)) is not None:
         checkpoints.clear()
         return done
     model, processor = load(root / BASE, own.model.dtype, own.model.device)
@@ -88,7 +88,7 @@ def run_base(params: Params, root: Path) -> dict:
     """As `run_arm` for the base, which needs no training: metrics/evidence/base.json."""
     require_inputs(root, INPUTS)
     made_by = made_by_base(params, root)
-    if (done := current("base", made_by, root)) is not None:
+    if (done := current("base", lambda: made_by, root)) is not None:
         return done
     model, processor = load(root / BASE, params.model.dtype, params.model.device)
     found = {
@@ -119,13 +119,13 @@ def made_by_policy(params: Params, root: Path) -> str:
     return fingerprint([made_by_base(params, root), weights])
 
 
-def current(name: str, made_by: str, root: Path) -> dict | None:
+def current(name: str, made_by: Callable[[], str], root: Path) -> dict | None:
     """The result of this name, if there is one and nothing that decides it has changed since."""
     path = root / RESULTS / f"{name}.json"
     if not path.exists():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["made_by"] == made_by else None
+    return found if found["made_by"] == made_by() else None
 
 
 def head(name: str, made_by: str, root: Path) -> dict:

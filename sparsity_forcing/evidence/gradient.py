@@ -73,7 +73,8 @@ def signal_of(gradients: Tensor) -> Signal:
 
 def measure(params: Params, root: Path, draws: int = 40) -> dict:
     """Signal and noise of the parts of the gradient at the base's weights, on the first prompts of the training split;
-    metrics/evidence/gradient.json. ``parts`` has, by name:
+    metrics/evidence/gradient.json. The gradient is that of all weights but the vision tower's, whether or not the
+    training would put adapters on some of them. ``parts`` has, by name:
 
     - ``theorem``: 1 - tau less its group's mean, through the token log-probabilities. Its expectation is 0.
     - ``correct_tokens``, ``efficiency_tokens``: the literal objective's advantage, (r - mean) / std with r taken apart,
@@ -86,11 +87,11 @@ def measure(params: Params, root: Path, draws: int = 40) -> dict:
         ParamsError: there is no stochastic selection in ``params``.
     """
     require_inputs(root, {BASE: "base", TRAIN: "prepare"})
-    if not params.train.selection_policy.sigma:
-        raise ParamsError("the gradient through the selection needs train.selection_policy.sigma above 0, got 0")
-    made_by = made_by_gradient(params, root, draws)
-    if (done := current("gradient", made_by, root)) is not None:
+    if reason := why_not(params):
+        raise ParamsError(reason)
+    if (done := current("gradient", lambda: made_by_gradient(params, root, draws), root)) is not None:
         return done
+    made_by = made_by_gradient(params, root, draws)
     found = _gradients(ARMS["literal"].params(params), root, draws, "gradients (literal)")
     found |= _gradients(params, root, draws, "gradients (params.yaml)")
     signals = {name: signal_of(values) for name, values in found.items()}
@@ -98,6 +99,13 @@ def measure(params: Params, root: Path, draws: int = 40) -> dict:
     result = {**head("gradient", made_by, root), "draws": draws, "prompts": PROMPTS, "parts": parts}
     write_json_atomic(root / RESULT, result)
     return result
+
+
+def why_not(params: Params) -> str | None:
+    """Why these parameters allow no such gradient; None if they do."""
+    if not params.train.selection_policy.sigma:
+        return "the gradient through the selection needs train.selection_policy.sigma above 0, got 0"
+    return None
 
 
 def made_by_gradient(params: Params, root: Path, draws: int = 40) -> str:

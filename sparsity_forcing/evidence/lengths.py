@@ -35,11 +35,11 @@ def measure(params: Params, root: Path) -> dict:
         ParamsError: the data is not of the source whose canvases have any size.
     """
     require_inputs(root, {BASE: "base", POLICY: "train"})
-    if params.data.source != "digits":
-        raise ParamsError(f"prompts of growing length need data.source digits, got {params.data.source!r}")
-    made_by = made_by_lengths(params, root)
-    if (done := current("lengths", made_by, root)) is not None:
+    if reason := why_not(params):
+        raise ParamsError(reason)
+    if (done := current("lengths", lambda: made_by_lengths(params, root), root)) is not None:
         return done
+    made_by = made_by_lengths(params, root)
     train = params.train.model_copy(update={"validation_batch_size": BATCH})
     own = params.model_copy(update={"train": train})
     score = score_function(params.train.reward.correct)
@@ -59,6 +59,13 @@ def measure(params: Params, root: Path) -> dict:
     result = {**head("lengths", made_by, root), "lengths": found}
     write_json_atomic(root / RESULT, result)
     return result
+
+
+def why_not(params: Params) -> str | None:
+    """Why these parameters allow no growing prompts; None if they do."""
+    if params.data.source != "digits":
+        return f"prompts of growing length need data.source digits, got {params.data.source!r}"
+    return None
 
 
 def made_by_lengths(params: Params, root: Path) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from sparsity_forcing.evidence import gradient, lengths, turns
 from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import DENSE, INPUTS, current, made_by_arm, made_by_base
-from sparsity_forcing.evidence.gradient import made_by_gradient
-from sparsity_forcing.evidence.lengths import made_by_lengths
 from sparsity_forcing.evidence.tables import (
     arms_table,
     budgets_table,
@@ -21,7 +21,6 @@ from sparsity_forcing.evidence.tables import (
     seeds_table,
     turns_table,
 )
-from sparsity_forcing.evidence.turns import made_by_turns
 from sparsity_forcing.files import write_text_atomic
 from sparsity_forcing.params import Params, ParamsError
 from sparsity_forcing.reporting.document import Block, Missing, Plot, Section, Text
@@ -34,11 +33,10 @@ PAGE = Path("docs/evidence.md")
 
 def read_results(params: Params, root: Path) -> dict[str, dict]:
     """Results by name, of the base and of the arms, in the arms' order: those that are current."""
-    made_by = {"base": made_by_base(params, root)}
+    found = {"base": current("base", lambda: made_by_base(params, root), root)}
     for name, arm in ARMS.items():
         with suppress(ParamsError):  # an experiment that does not go with these parameters has not run with them
-            made_by[name] = made_by_arm(arm, params, root)
-    found = {name: current(name, of, root) for name, of in made_by.items()}
+            found[name] = current(name, partial(made_by_arm, arm, params, root), root)
     return {name: result for name, result in found.items() if result is not None}
 
 
@@ -48,13 +46,14 @@ def blocks_of(results: dict[str, dict], params: Params, root: Path) -> dict[str,
     What has not run, or not with these parameters, this code, base and data, is called not measured.
     """
     p = str(params.sparsity.p)
+    read = lambda name, made_by: current(name, partial(made_by, params, root), root)  # noqa: E731
     return {
         "seeds": seeds_table(results, p),
         "arms": arms_table(results, p),
-        "gradient": gradient_table(current("gradient", made_by_gradient(params, root), root)),
+        "gradient": gradient_table(read("gradient", gradient.made_by_gradient), gradient.why_not(params)),
         "budgets": budgets_table(results),
-        "turns": turns_table(current("turns", made_by_turns(params, root), root)),
-        "lengths": lengths_table(current("lengths", made_by_lengths(params, root), root)),
+        "turns": turns_table(read("turns", turns.made_by_turns), turns.why_not(params)),
+        "lengths": lengths_table(read("lengths", lengths.made_by_lengths), lengths.why_not(params)),
         "cost": cost_text(results.get("default")),
     }
 

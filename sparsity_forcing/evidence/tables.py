@@ -1,4 +1,7 @@
-"""What the experiments found, as blocks of a report: pure functions of the results."""
+"""What the experiments found, as blocks of a report: pure functions of the results.
+
+``why_not``: why there is no result with these parameters; without it `make evidence` would make it.
+"""
 
 from __future__ import annotations
 
@@ -106,10 +109,10 @@ def student_interval(values: list[float], confidence: float = 0.95) -> tuple[flo
     return centre, centre - half, centre + half
 
 
-def gradient_table(found: dict | None) -> Table | Missing:
+def gradient_table(found: dict | None, why_not: str | None = None) -> Table | Missing:
     """Signal and noise of the parts of the gradient."""
     if found is None:
-        return Missing("Signal and noise of the gradient", NOT_RUN)
+        return Missing("Signal and noise of the gradient", why_not or NOT_RUN)
     rows = []
     for name, text in GRADIENTS.items():
         part = found["parts"][name]
@@ -137,10 +140,10 @@ def budgets_table(results: dict[str, dict]) -> Table | Missing:
     return Table("Accuracy at visual tokens kept", [Column("p"), *(Column(name) for name in names)], rows)
 
 
-def lengths_table(found: dict | None) -> Table | Missing:
+def lengths_table(found: dict | None, why_not: str | None = None) -> Table | Missing:
     """Base and policy by the length of the prompt."""
     if found is None:
-        return Missing("Longer prompts", NOT_RUN)
+        return Missing("Longer prompts", why_not or NOT_RUN)
     at = {(one["checkpoint"], one["visual_tokens"], one["p"]): one for one in found["lengths"]}
     sizes = sorted({tokens for _, tokens, _ in at})
     (p,) = {p for *_, p in at} - {DENSE}
@@ -159,10 +162,10 @@ def lengths_table(found: dict | None) -> Table | Missing:
     return Table(f"{found['lengths'][0]['questions']} questions a length, p = {p}", columns, rows)
 
 
-def turns_table(found: dict | None) -> Table | Missing:
+def turns_table(found: dict | None, why_not: str | None = None) -> Table | Missing:
     """The second question by what it is answered over."""
     if found is None:
-        return Missing("A second question on the same image", NOT_RUN)
+        return Missing("A second question on the same image", why_not or NOT_RUN)
     rows = [
         [checkpoint, text, *_at(ways[way], ways["dense"])]
         for checkpoint, ways in found["checkpoints"].items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,10 @@ from torch import Tensor
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.attention.context import SparseContext
 from sparsity_forcing.checkpoints import fingerprint
-from sparsity_forcing.data.digits import questions_about
+from sparsity_forcing.data.digits import COLOURS, questions_about
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.evidence.experiment import DENSE, RESULTS, current, head, held_out, made_by_policy, sampler_at
 from sparsity_forcing.files import write_json_atomic
-from sparsity_forcing.generation.prompts import shares_prefix
 from sparsity_forcing.lineage import code_digest
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params, ParamsError
@@ -66,18 +66,13 @@ def measure(params: Params, root: Path) -> dict:
         ParamsError: the data has no second question, or the cache no visual prefix of its own.
     """
     require_inputs(root, {BASE: "base", POLICY: "train"})
-    if params.data.source != "digits":
-        raise ParamsError(f"a second question about an image needs data.source digits, got {params.data.source!r}")
-    if not shares_prefix(params.sparsity):
-        raise ParamsError(
-            f"a second question over the first one's cache needs a visual prefix that depends on no question: "
-            f"sparsity.prefill suffix or dense with scoring_rows text, got {params.sparsity.prefill!r} and "
-            f"{params.sparsity.scoring_rows!r}"
-        )
-    made_by = made_by_turns(params, root)
-    if (done := current("turns", made_by, root)) is not None:
+    if reason := why_not(params):
+        raise ParamsError(reason)
+    if (done := current("turns", lambda: made_by_turns(params, root), root)) is not None:
         return done
-    pairs = [(row, second_question(row, params.seed)) for row in held_out(params, root)[:QUESTIONS]]
+    made_by = made_by_turns(params, root)
+    asked = ((row, second_question(row, params.seed)) for row in held_out(params, root))
+    pairs = list(islice(((first, second) for first, second in asked if second is not None), QUESTIONS))
     score = score_function(params.train.reward.correct)
     found = {}
     with Progress("turns", len(CHECKPOINTS)) as progress:
@@ -92,11 +87,33 @@ def measure(params: Params, root: Path) -> dict:
     return result
 
 
-def second_question(row: Row, seed: int) -> Row:
-    """The row with another question about its canvas, drawn by ``seed`` and the row's id."""
-    others = [asked for asked in questions_about(row.meta["colours"], row.meta["labels"]) if asked[1] != row.question]
+def why_not(params: Params) -> str | None:
+    """Why these parameters allow no second question; None if they do."""
+    if params.data.source != "digits":
+        return f"a second question about an image needs data.source digits, got {params.data.source!r}"
+    if (params.sparsity.prefill, params.sparsity.scoring_rows) != ("suffix", "text"):
+        return (
+            "a second question over the first one's cache needs a visual prefix that depends on no question, and "
+            "answers that see kept tokens only: sparsity.prefill suffix with scoring_rows text, got "
+            f"{params.sparsity.prefill!r} and {params.sparsity.scoring_rows!r}"
+        )
+    return None
+
+
+def second_question(row: Row, seed: int) -> Row | None:
+    """The row with a question about another colour of its canvas, drawn by ``seed`` and the row's id; None if there is
+    none."""
+    every = questions_about(row.meta["colours"], row.meta["labels"])
+    others = [asked for asked in every if not colours_in(asked[1]) <= colours_in(row.question)]
+    if not others:
+        return None
     task, question, answer = others[np.random.default_rng([seed, *row.id.encode()]).integers(len(others))]
     return replace(row, task=task, question=question, answer=answer)
+
+
+def colours_in(question: str) -> set[str]:
+    """The colours that a question names."""
+    return {colour for colour in COLOURS if colour in question}
 
 
 def answered_twice(

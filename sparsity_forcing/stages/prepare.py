@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsity_forcing.data.checks import Limits
-from sparsity_forcing.data.prepare import open_source, prepare_rows, require_usable
+from sparsity_forcing.data.prepare import MIN_OWN_VALIDATION_ROWS, open_source, prepare_rows, require_usable
 from sparsity_forcing.data.schema import SPLITS
 from sparsity_forcing.files import replace_directory, write_json_atomic
 from sparsity_forcing.params import Params
@@ -29,7 +29,8 @@ def run(params: Params, root: Path) -> dict:
             candidates = open_source(data, params.seed, root)
             summary = prepare_rows(candidates, limits, directory, root / QUARANTINE)
             metrics = summary.metrics()
-            require_usable(summary, data.max_quarantine_fraction, QUARANTINE)
+            least = MIN_OWN_VALIDATION_ROWS if data.source != "digits" else 1
+            require_usable(summary, data.max_quarantine_fraction, QUARANTINE, least)
         write_json_atomic(root / "metrics/prepare.json", metrics)
         run.metrics({f"prepare/{split}_rows": metrics["rows"][split]["total"] for split in SPLITS})
         run.metrics({"prepare/quarantined": metrics["quarantined"]["total"]})

@@ -170,45 +170,92 @@ def test_second_questions_of_a_small_base_and_policy(prepared, monkeypatch):
         turns.measure(params, prepared)
     shutil.copytree(prepared / "models/base", prepared / "models/policy")
     found = turns.measure(params, prepared)
-    base = found["checkpoints"]["base"]
-    assert found["questions"] == 8
-    assert found["checkpoints"]["policy"] == base
-    assert base["dense"]["visual_token_ratio"] == 1
-    assert all(0 < base[way]["visual_token_ratio"] < 1 for way in ("dense_cache", "pruned_cache"))
+    assert 0 < found["questions"] <= 8
+    assert found["checkpoints"]["policy"] == found["checkpoints"]["base"]
+    assert found["checkpoints"]["base"]["dense"]["visual_token_ratio"] == 1
     monkeypatch.setattr(turns, "load", None)
     assert turns.measure(params, prepared) == json.loads(json.dumps(found))  # nothing to do
-    sparse = params.model_copy(update={"sparsity": params.sparsity.model_copy(update={"prefill": "sparse"})})
-    with pytest.raises(ParamsError, match=r"sparsity\.prefill suffix or dense with scoring_rows text, got 'sparse'"):
-        turns.measure(sparse, prepared)
+    for prefill in ("sparse", "dense"):
+        other = params.model_copy(update={"sparsity": params.sparsity.model_copy(update={"prefill": prefill})})
+        with pytest.raises(ParamsError, match=rf"sparsity\.prefill suffix with scoring_rows text, got '{prefill}'"):
+            turns.measure(other, prepared)
 
 
-def test_an_answer_over_leftovers(prepared):
-    """Over its own kept sets a question is answered as before; over all tokens as if dense."""
+@pytest.fixture
+def answering(prepared):
+    """Samplers of an untrained model at p = 0.6 and dense, and rows whose prompts differ in length."""
     params = load_params(prepared / "params.yaml")
     model, processor = load(prepared / "models/base", "float32", "cpu")
-    rows = read_rows(prepared / "data/prepared/test.parquet")
-    sparse, dense = (experiment.sampler_at(model, processor, params, p) for p in (0.6, 1.0))
+    rows = [digits_row(DigitsParams(grids=(4, 6)), 0, "test", place) for place in range(8)]
     with decoder_attention(model):
-        for sampler in (sparse, dense):
-            own = sampler.deployed(rows)
-            again = sparse.deployed(rows, partial(turns.LeftoverContext, left=own.kept))
-            assert torch.equal(again.completions, own.completions)
-            assert torch.allclose(again.logps, own.logps, atol=1e-5)
-            assert torch.equal(again.visual_token_ratio, own.visual_token_ratio)
-        second = [turns.second_question(row, 0) for row in rows]
-        over = sparse.deployed(second, partial(turns.LeftoverContext, left=sparse.deployed(rows).kept))
-        first = sparse.deployed(rows).visual_token_ratio
-    assert torch.equal(over.visual_token_ratio, first)
-    assert torch.equal(over.prompt_length, dense.prompts(second).layout.valid.sum(-1))
+        yield *(experiment.sampler_at(model, processor, params, p) for p in (0.6, 1.0)), rows
 
 
-def test_a_second_question_is_another_one_about_the_same_canvas(prepared):
+def test_an_answer_over_leftovers(answering):
+    """Over its own kept sets a question is answered as before, over all tokens as if dense; and as if it were alone."""
+    sparse, dense, rows = answering
+    for sampler in (sparse, dense):
+        own = sampler.deployed(rows)
+        again = sparse.deployed(rows, partial(turns.LeftoverContext, left=own.kept))
+        assert torch.equal(again.completions, own.completions)
+        assert torch.allclose(again.logps, own.logps, atol=1e-5)
+        assert torch.equal(again.visual_token_ratio, own.visual_token_ratio)
+    pairs = [(row, second) for row in rows if (second := turns.second_question(row, 0)) is not None]
+    first, second = (list(asked) for asked in zip(*pairs, strict=True))
+    together = sparse.deployed(second, partial(turns.LeftoverContext, left=sparse.deployed(first).kept))
+    for place, (one, other) in enumerate(pairs):
+        alone = sparse.deployed([other], partial(turns.LeftoverContext, left=sparse.deployed([one]).kept))
+        assert torch.allclose(alone.visual_token_ratio, together.visual_token_ratio[place])
+        sampled = alone.completion_mask[0]
+        assert torch.equal(alone.completions[0][sampled], together.completions[place][together.completion_mask[place]])
+
+
+def test_the_second_question_has_what_the_first_kept(answering):
+    """What is asked over the pruned cache keeps as much as the first question, not as itself."""
+    sparse, dense, rows = answering
+    pairs = [(row, second) for row in rows if (second := turns.second_question(row, 0)) is not None]
+    first, second = (list(asked) for asked in zip(*pairs, strict=True))
+    found = turns.answered_twice(sparse, dense, pairs, lambda said, answer: float(len(said) % 2))
+    own, others = (sparse.deployed(asked).visual_token_ratio.mean() for asked in (first, second))
+    assert found["pruned_cache"]["visual_token_ratio"] == pytest.approx(float(own), rel=1e-6)
+    assert found["dense_cache"]["visual_token_ratio"] == pytest.approx(float(others), rel=1e-6)
+    left, prefix = sparse.deployed(first).kept, sparse.prompts(first).prefix
+    over = sparse.deployed(second, partial(turns.LeftoverContext, left=left)).kept
+    assert all(torch.equal(over[layer][:, :prefix], left[layer][:, :prefix]) for layer in left)
+    assert any(
+        not torch.equal(kept[:, :prefix], left[layer][:, :prefix])
+        for layer, kept in sparse.deployed(second).kept.items()
+    )
+    assert all(len(way["scores"]) == len(pairs) for way in found.values())
+
+
+def test_a_second_question_asks_for_another_colour_of_the_same_canvas(prepared):
+    without = 0
     for row in read_rows(prepared / "data/prepared/train.parquet"):
         second = turns.second_question(row, 0)
-        assert second.question != row.question
+        if second is None:
+            without += 1
+            continue
+        assert turns.colours_in(second.question) - turns.colours_in(row.question)
         assert second.images == row.images
         assert (second.task, second.question, second.answer) in questions_about(row.meta["colours"], row.meta["labels"])
         assert turns.second_question(row, 0) == second
+    assert 0 < without < 20
+
+
+def test_what_these_parameters_do_not_allow_is_left_out(prepared, monkeypatch):
+    values = yaml.safe_load((prepared / "params.yaml").read_text())
+    values["sparsity"]["prefill"] = "dense"
+    (prepared / "params.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.setattr(command, "ROOT", prepared)
+    monkeypatch.setattr(command, "ARMS", {"default": ARMS["default"]})
+    asked = []
+    monkeypatch.setattr(command, "run_all", lambda names, jobs: asked.extend(names) or [])
+    shutil.copytree(prepared / "models/base", prepared / "models/policy")
+    done = CliRunner().invoke(command.app, [])
+    assert done.exit_code == 0, done.output
+    assert asked == ["base", "gradient", "lengths", "default"]
+    assert "sparsity.prefill suffix" in (prepared / "docs/evidence.md").read_text()
 
 
 def test_the_parts_of_an_advantage_add_up_to_it():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from scipy.stats import ttest_1samp
 
+from sparsity_forcing.evidence import summary
 from sparsity_forcing.evidence.arms import ARMS, SEEDS
+from sparsity_forcing.evidence.experiment import INPUTS
 from sparsity_forcing.evidence.summary import quoted
 from sparsity_forcing.evidence.tables import (
     GRADIENTS,
@@ -19,7 +23,10 @@ from sparsity_forcing.evidence.tables import (
     student_interval,
     turns_table,
 )
-from sparsity_forcing.reporting.document import Missing
+from sparsity_forcing.params import load_params
+from sparsity_forcing.reporting.document import Missing, Report
+from sparsity_forcing.reporting.markdown import render_markdown
+from sparsity_forcing.reporting.page import render_html
 
 
 def result(name: str, ratio: float, scores: str, **more) -> dict:
@@ -149,3 +156,23 @@ def test_the_cost_is_said_in_full():
     said = cost_text(found | {"seconds": 360.0, "hardware": "one core"}).text
     assert said.startswith("Cost of default: 19,200 rollouts of 2,400 prompts, 1,000,000 prompt tokens")
     assert said.endswith("and 70,000 sampled tokens, 0.10 hours on one core, validation included.")
+
+
+def test_the_report_has_the_experiments(tmp_path, monkeypatch):
+    for path in INPUTS:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    params = load_params(Path(__file__).parents[2] / "params.yaml")
+    cost = {"rollouts": 8, "prompts": 1, "prompt_tokens": 9, "new_tokens": 9, "seconds": 36.0, "hardware": "one core"}
+    results = RESULTS | {"default": RESULTS["default"] | cost}
+    monkeypatch.setattr(summary, "read_results", lambda params, root: results)
+    section = summary.evidence_section(params, tmp_path)
+    report = Report("title", "headline", [], [], [section])
+    markdown, page = render_markdown(report), render_html(report)
+    assert "| **default** | **what the parameters of params.yaml give** | **31.0%** |" in markdown
+    assert "last step, validation: kept" in markdown
+    assert ">31.0%</td>" in page
+    assert "<svg" in page
+    assert "Signal and noise of the gradient: **not measured** (`make evidence` runs what is missing)." in markdown
+    (tmp_path / next(iter(INPUTS))).unlink()
+    assert isinstance(summary.evidence_section(params, tmp_path).blocks[0], Missing)

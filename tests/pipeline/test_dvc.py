@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 DECLARED = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # How outputs are written, recorded and shown, and which stage comes when; not what is in the outputs.
 AROUND = {"files", "lineage", "tracking", "progress", "checkpoints", "stages", "stages.inputs", "torchvision_ops"}
-USERS_OWN = {"user_data": ["prepare"], "user_models": ["base"], "user_code": ["profile", "train", "evaluate"]}
+USERS_OWN = {"user_data": ["prepare"], "user_models": ["base"], "user_code": ["profile", "train", "evaluate", "report"]}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_parameter_makes_stale_what_depends_on_it(restored, key, value, expect
     [
         ("user_data/train.jsonl", {"prepare"}),
         ("user_models/mine.safetensors", {"base"}),
-        ("user_code/scores.py", {"profile", "train", "evaluate"}),
+        ("user_code/scores.py", {"profile", "train", "evaluate", "report"}),
         ("sparsity_forcing/rl/loss.py", {"train", "report"}),  # the report says what is current of the evidence
         ("metrics/evidence/default.json", {"report"}),
         ("sparsity_forcing/reporting/plots.py", {"report"}),
