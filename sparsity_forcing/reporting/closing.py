@@ -82,7 +82,8 @@ def limits_section(params: Params) -> Section:
         notes.append(
             "Rollouts choose tokens at random around the rule (Gaussian noise on the log attention mass, "
             f"σ = {params.train.selection_policy.sigma:g}), which gives the efficiency reward a gradient. That is this "
-            "project's addition to the paper's objective. At deployment the noise is off and the rule is the paper's."
+            "project's addition to the paper's objective. At deployment the noise is off and the rule is plain top-p; "
+            "scoring rows and prefill are those of the table above."
         )
     if params.sparsity.protect_text:
         notes.append("Text is never dropped, so τ over all tokens cannot fall below the text's share of a prompt.")

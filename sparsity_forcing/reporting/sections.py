@@ -180,8 +180,9 @@ def efficiency_section(measured: Measured) -> Section:
         f"inputs and {first['new_tokens']} new tokens, and ratios are taken within a repetition "
         f"({first['repetitions']} repetitions). Cache bytes are those of the key and value tensors held at the end "
         "of the answer; a layer's tensor is as wide as the row of the batch that keeps most, so bytes stay above τ. "
-        f"The dense times themselves spread by {fmt.percent(_dense_spread(measured.lengths), 0)} "
-        "between their quartiles: a difference smaller than that is noise of the machine."
+        f"The dense times themselves spread by {fmt.percent(_dense_spread(measured.lengths), 0)} between their "
+        "quartiles; ratios within a repetition are steadier, and a length is called faster or slower only where both "
+        "quartiles of its ratio lie on one side of 1."
     )
     caption = "Medians; ratios are to the dense base"
     if not all(map(measured.covers, measured.lengths)):
