@@ -114,8 +114,8 @@ def perspective_text(table: BenchmarkTable, loss: float = 0.01) -> str:
         rule = "dense" if row.method == Full.name else f"{row.method} at p = {row.p:g}"
         described.append(f"{name} with {rule} ({fmt.percent(kept_share(row))} kept, {fmt.percent(row.accuracy)} right)")
     return (
-        "Budget and rule can be changed without training; the rows say what that does to the accuracy. Of all that "
-        f"were measured within {100 * loss:g} point of the dense base, the sparsest are {described[0]} and {described[1]}."
+        "Budget and rule can be changed without training; the rows say what that does to the accuracy. Of all rows "
+        f"within {100 * loss:g} point of the dense base, the sparsest are {described[0]} and {described[1]}."
     )
 
 
