@@ -109,7 +109,7 @@ def test_files_that_dvc_does_not_see_are_told_when_nothing_else_would_say_it(toy
     root = toy_workspace("touch out")
     values = yaml.safe_load((root / "params.yaml").read_text())
     data = {"source": "chat_jsonl", "user": {"path": "/tmp/rows.jsonl"}}
-    (root / "params.yaml").write_text(yaml.safe_dump(values | {"data": data}))
+    (root / "params.yaml").write_text(yaml.safe_dump(values | {"data": data, "model": {"name": "org/model"}}))
     check_workspace(root)
     reproduce("prepare", root)
     monkeypatch.chdir(root)
