@@ -50,7 +50,7 @@ class _Section(BaseModel):
 
 
 class SparsityParams(_Section):
-    """How a layer selects its kept set (design: budget p, scoring rows, prefill kind)."""
+    """How a layer selects its kept set."""
 
     p: Budget = 0.975
     rule: Rule = "top_p"
@@ -288,7 +288,8 @@ class TrainParams(_Section):
     activations again in the backward pass; ``lora`` trains adapters.
 
     ``attention_dtype``: of attention among kept tokens in rollouts and updates. ``float64``: on a CPU a float32 model's
-    replayed log-probabilities then equal those of the rollout, for about half as much time again a step.
+    replayed log-probabilities then equal those of the rollout (with ``lora`` to 5e-6), for about half as much time
+    again a step.
 
     ``accuracy_guard``: the policy handed back is that of the validated step which keeps the fewest tokens among those
     whose accuracy at the deployment budget is at most this much below the start's. ``stop_below_guard``: so many

@@ -103,7 +103,7 @@ def render(
         raise ValueError(f"a {grid}x{grid} grid has {cells} cells, too few for {coloured + grey + clutter}")
     places = rng.permutation(cells)[: coloured + grey + clutter]
     scan_ids = rng.integers(len(scans), size=len(places))
-    colours, question, wanted = _question(rng, task, coloured)
+    colours, asked = _draw_colours(rng, task, coloured)
     labels = scans.labels[scan_ids]
 
     pixels = np.zeros((grid, grid, CELL, CELL, 3), np.float32)
@@ -121,9 +121,9 @@ def render(
     return Canvas(
         pixels=image,
         task=task,
-        question=question,
-        answer=_answer(task, colours, wanted, labels),
-        relevant_cells=tuple(int(places[i]) for i in in_order if colours[i] in wanted),
+        question=question_text(task, asked),
+        answer=answer_text(task, asked, colours, labels),
+        relevant_cells=tuple(int(places[i]) for i in in_order if colours[i] in asked),
         coloured_cells=tuple(int(places[i]) for i in in_order),
         colours=tuple(colours[i] for i in in_order),
         labels=tuple(int(labels[i]) for i in in_order),
@@ -131,49 +131,52 @@ def render(
     )
 
 
-def _question(rng: np.random.Generator, task: str, coloured: int) -> tuple[list[str], str, list[str]]:
-    """Colours of the coloured digits, the question, and the colours it asks for."""
+def _draw_colours(rng: np.random.Generator, task: str, coloured: int) -> tuple[list[str], tuple[str, ...]]:
+    """Colours of the coloured digits, and those a question of ``task`` asks for: the first ones."""
     names = list(COLOURS)
     rng.shuffle(names)
     if task == "count":
         times = 1 if rng.integers(2) else coloured - 1  # neighbouring counts take the default model too long to learn
         others = [names[1 + int(i)] for i in rng.integers(len(names) - 1, size=coloured - times)]
-        return [names[0]] * times + others, f"how many digits are {names[0]}?", names[:1]
+        return [names[0]] * times + others, (names[0],)
     asked = 1 if task == "read" else 2
     others = [names[asked + int(i)] for i in rng.integers(len(names) - asked, size=coloured - asked)]
-    question = f"which digit is {names[0]}?" if task == "read" else f"what is the sum of {names[0]} and {names[1]}?"
-    return names[:asked] + others, question, names[:asked]
+    return names[:asked] + others, tuple(names[:asked])
 
 
-def _answer(task: str, colours: list[str], wanted: list[str], labels: np.ndarray) -> str:
+def question_text(task: str, asked: Sequence[str]) -> str:
+    """What ``task`` asks about one colour, about two for ``sum``."""
+    if task == "sum":
+        return f"what is the sum of {asked[0]} and {asked[1]}?"
+    return f"how many digits are {asked[0]}?" if task == "count" else f"which digit is {asked[0]}?"
+
+
+def answer_text(task: str, asked: Sequence[str], colours: Sequence[str], labels: Sequence[int]) -> str:
+    """The answer to `question_text` about digits of these colours and labels; but for ``count``, each asked colour is
+    that of one digit."""
     if task == "count":
-        return str(colours.count(wanted[0]))
+        return str(list(colours).count(asked[0]))
+    digits = [int(labels[list(colours).index(colour)]) for colour in asked]
     if task == "read":
-        return str(int(labels[0]))
-    first, second = int(labels[0]), int(labels[1])
-    return f"{wanted[0]}{first} {wanted[1]}{second} sum{first + second}"
+        return str(digits[0])
+    return f"{asked[0]}{digits[0]} {asked[1]}{digits[1]} sum{sum(digits)}"
 
 
 def questions_about(colours: Sequence[str], labels: Sequence[int]) -> list[tuple[str, str, str]]:
     """(task, question, answer) of every question that a canvas with these coloured digits could have been drawn for."""
-    single = [name for name in COLOURS if list(colours).count(name) == 1]
-    label = {name: labels[list(colours).index(name)] for name in single}
-    read = [("read", f"which digit is {name}?", str(label[name])) for name in single]
-    count = [
-        ("count", f"how many digits are {name}?", str(times))
-        for name in COLOURS
-        if (times := list(colours).count(name)) in (1, len(colours) - 1)
+    times = {name: list(colours).count(name) for name in COLOURS}
+    single = [name for name, count in times.items() if count == 1]
+    asked = [
+        *(("read", (name,)) for name in single),
+        *(("count", (name,)) for name, count in times.items() if count in (1, len(colours) - 1)),
+        *(("sum", pair) for pair in permutations(single, 2)),
     ]
-    pairs = [
-        ("sum", f"what is the sum of {a} and {b}?", f"{a}{label[a]} {b}{label[b]} sum{label[a] + label[b]}")
-        for a, b in permutations(single, 2)
-    ]
-    return [*read, *count, *pairs]
+    return [(task, question_text(task, about), answer_text(task, about, colours, labels)) for task, about in asked]
 
 
 def corpus() -> list[str]:
     """Every question and the words of every answer: what the tokenizer of the default model is trained on."""
-    names = list(COLOURS)
-    lines = [f"which digit is {a}?" for a in names] + [f"how many digits are {a}?" for a in names]
-    lines += [f"what is the sum of {a} and {b}?" for a in names for b in names if a != b]
-    return lines + [f"{a}7 {b}5 sum12" for a in names for b in names if a != b]
+    pairs = list(permutations(COLOURS, 2))
+    questions = [question_text(task, (name,)) for task in ("read", "count") for name in COLOURS]
+    questions += [question_text("sum", pair) for pair in pairs]
+    return questions + [answer_text("sum", pair, pair, (7, 5)) for pair in pairs]

@@ -25,10 +25,8 @@ from sparsity_forcing.evidence import gradient, lengths, turns
 from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base
 from sparsity_forcing.evidence.summary import write_summary
+from sparsity_forcing.inputs import POLICY, TEST, require_inputs
 from sparsity_forcing.params import Params, ParamsError, load_params
-from sparsity_forcing.stages.evaluate import TEST
-from sparsity_forcing.stages.inputs import require_inputs
-from sparsity_forcing.stages.train import POLICY
 
 ROOT = Path(".")
 UNTRAINED = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pydantic import ValidationError
@@ -53,12 +53,13 @@ def _spread(lowest: float, highest: float, count: int) -> list[float]:
     return [round(lowest + (highest - lowest) * place / (count - 1), 4) for place in range(count)]
 
 
-def _seeds(name: str, question: str, **changes: object) -> list[Arm]:
-    """An arm with three seeds."""
+def _seeds(arm: Arm) -> list[Arm]:
+    """The arm with three seeds, the further ones judged at the deployed and the evaluated budgets alone."""
     more = [
-        Arm(other, "the same with another seed", seed=seed, **changes) for seed, other in enumerate(SEEDS[name]) if seed
+        replace(arm, name=name, question="the same with another seed", seed=seed, at_any_budget=False)
+        for seed, name in enumerate(SEEDS[arm.name])
     ]
-    return [Arm(name, question, **changes), *more]
+    return [arm, *more[1:]]
 
 
 ANY_BUDGET = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -67,7 +68,7 @@ SFT = {"prompts_per_step": 32, "beta": 0.0}
 ARMS = {
     arm.name: arm
     for arm in (
-        *_seeds("default", "what the parameters of params.yaml give", at_any_budget=True),
+        *_seeds(Arm("default", "what the parameters of params.yaml give", at_any_budget=True)),
         Arm(
             "literal",
             "the paper's objective as written: token log-probabilities alone, plain group advantages",
@@ -111,7 +112,7 @@ ARMS = {
             {"selection_policy": {"sigma": 0.0}},
             objective="dpo",
         ),
-        *_seeds("prefill_sparse", "sparse prefill in training and deployment", sparsity={"prefill": "sparse"}),
-        *_seeds("prefill_dense", "dense prefill in training and deployment", sparsity={"prefill": "dense"}),
+        *_seeds(Arm("prefill_sparse", "sparse prefill in training and deployment", sparsity={"prefill": "sparse"})),
+        *_seeds(Arm("prefill_dense", "dense prefill in training and deployment", sparsity={"prefill": "dense"})),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from sparsity_forcing.attention.api import decoder_attention
@@ -13,16 +14,15 @@ from sparsity_forcing.data.schema import Row, read_rows
 from sparsity_forcing.evidence.alternatives import OBJECTIVES
 from sparsity_forcing.evidence.arms import ANY_BUDGET, Arm
 from sparsity_forcing.files import write_json_atomic
+from sparsity_forcing.inputs import BASE, POLICY, TEST, TRAIN, VALIDATION, require_inputs
 from sparsity_forcing.lineage import code_digest, dvc_md5, file_digest, git_state, hardware
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
+from sparsity_forcing.rl.identity import identity
 from sparsity_forcing.rl.sampler import Sampler
 from sparsity_forcing.rl.validation import VALIDATED, answered
 from sparsity_forcing.scoring import score_function
-from sparsity_forcing.stages.evaluate import TEST
-from sparsity_forcing.stages.inputs import require_inputs
-from sparsity_forcing.stages.train import BASE, POLICY, TRAIN, VALIDATION, identity
 from sparsity_forcing.tracking import Run, Tracker
 
 RESULTS = Path("metrics/evidence")
@@ -87,16 +87,12 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
 def run_base(params: Params, root: Path) -> dict:
     """As `run_arm` for the base, which needs no training: metrics/evidence/base.json."""
     require_inputs(root, INPUTS)
-    made_by = made_by_base(params, root)
-    if (done := current("base", lambda: made_by, root)) is not None:
-        return done
-    model, processor = load(root / BASE, params.model.dtype, params.model.device)
-    found = {
-        **head("base", made_by, root),
-        "test": judged(model, processor, params, held_out(params, root), ANY_BUDGET),
-    }
-    write_json_atomic(root / RESULTS / "base.json", found)
-    return found
+
+    def measure() -> dict:
+        model, processor = load(root / BASE, params.model.dtype, params.model.device)
+        return {"test": judged(model, processor, params, held_out(params, root), ANY_BUDGET)}
+
+    return measured_once("base", partial(made_by_base, params, root), root, measure)
 
 
 def made_by_arm(arm: Arm, params: Params, root: Path) -> str:
@@ -126,6 +122,15 @@ def current(name: str, made_by: Callable[[], str], root: Path) -> dict | None:
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
     return found if found["made_by"] == made_by() else None
+
+
+def measured_once(name: str, made_by: Callable[[], str], root: Path, measure: Callable[[], dict]) -> dict:
+    """The current result of this name; without one what ``measure`` finds, written to metrics/evidence/NAME.json."""
+    if (done := current(name, made_by, root)) is not None:
+        return done
+    found = {**head(name, made_by(), root), **measure()}
+    write_json_atomic(root / RESULTS / f"{name}.json", found)
+    return found
 
 
 def head(name: str, made_by: str, root: Path) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,23 +19,21 @@ from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.evidence.arms import ARMS
-from sparsity_forcing.evidence.experiment import RESULTS, current, head
-from sparsity_forcing.files import write_json_atomic
+from sparsity_forcing.evidence.experiment import measured_once
+from sparsity_forcing.inputs import BASE, TRAIN, require_inputs
 from sparsity_forcing.lineage import code_digest
 from sparsity_forcing.models.families import vision_tower
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params, ParamsError, TrainParams
 from sparsity_forcing.progress import Progress
+from sparsity_forcing.rl.identity import identity
 from sparsity_forcing.rl.loss import LossInputs, grpo_loss
 from sparsity_forcing.rl.replay import Replay
 from sparsity_forcing.rl.rewards import STD_EPSILON, group_advantages, joint_rewards
 from sparsity_forcing.rl.rollout import Rollouts
 from sparsity_forcing.rl.sampler import Sampler
 from sparsity_forcing.scoring import score_function
-from sparsity_forcing.stages.inputs import require_inputs
-from sparsity_forcing.stages.train import BASE, TRAIN, identity
 
-RESULT = RESULTS / "gradient.json"
 PROMPTS = 32  # the base answers most questions rightly every time: these tell nothing about correctness
 
 
@@ -89,16 +88,16 @@ def measure(params: Params, root: Path, draws: int = 40) -> dict:
     require_inputs(root, {BASE: "base", TRAIN: "prepare"})
     if reason := why_not(params):
         raise ParamsError(reason)
-    if (done := current("gradient", lambda: made_by_gradient(params, root, draws), root)) is not None:
-        return done
-    made_by = made_by_gradient(params, root, draws)
+    made_by = partial(made_by_gradient, params, root, draws)
+    return measured_once("gradient", made_by, root, partial(_signals, params, root, draws))
+
+
+def _signals(params: Params, root: Path, draws: int) -> dict:
     found = _gradients(ARMS["literal"].params(params), root, draws, "gradients (literal)")
     found |= _gradients(params, root, draws, "gradients (params.yaml)")
     signals = {name: signal_of(values) for name, values in found.items()}
     parts = {name: {**vars(signal), "z": signal.z} for name, signal in signals.items()}
-    result = {**head("gradient", made_by, root), "draws": draws, "prompts": PROMPTS, "parts": parts}
-    write_json_atomic(root / RESULT, result)
-    return result
+    return {"draws": draws, "prompts": PROMPTS, "parts": parts}
 
 
 def why_not(params: Params) -> str | None:

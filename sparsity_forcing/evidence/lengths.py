@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.data.digits_source import digits_row
-from sparsity_forcing.evidence.experiment import DENSE, RESULTS, current, head, made_by_policy, sampler_at
-from sparsity_forcing.files import write_json_atomic
+from sparsity_forcing.evidence.experiment import DENSE, made_by_policy, measured_once, sampler_at
+from sparsity_forcing.inputs import BASE, POLICY, require_inputs
 from sparsity_forcing.lineage import code_digest
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params, ParamsError
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.rl.validation import VALIDATED, answered
 from sparsity_forcing.scoring import score_function
-from sparsity_forcing.stages.inputs import require_inputs
-from sparsity_forcing.stages.train import BASE, POLICY
 
-RESULT = RESULTS / "lengths.json"
 GRIDS = (8, 12, 16, 24, 32, 48, 64)  # cells a side; a cell is a visual token: 64 to 4,096
 ROWS = 24
 BATCH = 4  # 4,096 tokens a row
@@ -37,9 +35,10 @@ def measure(params: Params, root: Path) -> dict:
     require_inputs(root, {BASE: "base", POLICY: "train"})
     if reason := why_not(params):
         raise ParamsError(reason)
-    if (done := current("lengths", lambda: made_by_lengths(params, root), root)) is not None:
-        return done
-    made_by = made_by_lengths(params, root)
+    return measured_once("lengths", partial(made_by_lengths, params, root), root, partial(_answered, params, root))
+
+
+def _answered(params: Params, root: Path) -> dict:
     train = params.train.model_copy(update={"validation_batch_size": BATCH})
     own = params.model_copy(update={"train": train})
     score = score_function(params.train.reward.correct)
@@ -56,9 +55,7 @@ def measure(params: Params, root: Path) -> dict:
                     at = {"checkpoint": checkpoint, "visual_tokens": grid**2, "p": p, "questions": ROWS}
                     found.append(at | dict(zip(VALIDATED, means, strict=True)))
                 progress.advance(len(found) // 2)
-    result = {**head("lengths", made_by, root), "lengths": found}
-    write_json_atomic(root / RESULT, result)
-    return result
+    return {"lengths": found}
 
 
 def why_not(params: Params) -> str | None:

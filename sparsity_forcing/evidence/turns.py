@@ -17,8 +17,8 @@ from sparsity_forcing.attention.context import SparseContext
 from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.data.digits import COLOURS, questions_about
 from sparsity_forcing.data.schema import Row
-from sparsity_forcing.evidence.experiment import DENSE, RESULTS, current, head, held_out, made_by_policy, sampler_at
-from sparsity_forcing.files import write_json_atomic
+from sparsity_forcing.evidence.experiment import DENSE, held_out, made_by_policy, measured_once, sampler_at
+from sparsity_forcing.inputs import BASE, POLICY, require_inputs
 from sparsity_forcing.lineage import code_digest
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params, ParamsError
@@ -26,10 +26,7 @@ from sparsity_forcing.progress import Progress
 from sparsity_forcing.rl.rollout import Rollouts
 from sparsity_forcing.rl.sampler import Sampler
 from sparsity_forcing.scoring import ScoreFunction, score_function
-from sparsity_forcing.stages.inputs import require_inputs
-from sparsity_forcing.stages.train import BASE, POLICY
 
-RESULT = RESULTS / "turns.json"
 CHECKPOINTS = {"base": BASE, "policy": POLICY}
 BATCH = 50
 QUESTIONS = 1000
@@ -68,9 +65,10 @@ def measure(params: Params, root: Path) -> dict:
     require_inputs(root, {BASE: "base", POLICY: "train"})
     if reason := why_not(params):
         raise ParamsError(reason)
-    if (done := current("turns", lambda: made_by_turns(params, root), root)) is not None:
-        return done
-    made_by = made_by_turns(params, root)
+    return measured_once("turns", partial(made_by_turns, params, root), root, partial(_answered, params, root))
+
+
+def _answered(params: Params, root: Path) -> dict:
     asked = ((row, second_question(row, params.seed)) for row in held_out(params, root))
     pairs = list(islice(((first, second) for first, second in asked if second is not None), QUESTIONS))
     score = score_function(params.train.reward.correct)
@@ -82,9 +80,7 @@ def measure(params: Params, root: Path) -> dict:
             with decoder_attention(model):
                 found[checkpoint] = answered_twice(*samplers, pairs, score)
             progress.advance(len(found))
-    result = {**head("turns", made_by, root), "p": params.sparsity.p, "questions": len(pairs), "checkpoints": found}
-    write_json_atomic(root / RESULT, result)
-    return result
+    return {"p": params.sparsity.p, "questions": len(pairs), "checkpoints": found}
 
 
 def why_not(params: Params) -> str | None:

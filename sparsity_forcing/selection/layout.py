@@ -47,7 +47,7 @@ class PromptLayout:
         return self.valid.shape[0]
 
     def droppable(self, settings: SparsityParams) -> Tensor:
-        """(batch, prompt) bool: the tokens that selection may drop (design: D)."""
+        """(batch, prompt) bool: the tokens that selection may drop."""
         order = self.valid.cumsum(-1)
         count = order[:, -1:]
         protected = (order <= settings.protect_first) | (order > count - settings.protect_last)

@@ -10,6 +10,7 @@ from sparsity_forcing.checkpoints import Checkpoints
 from sparsity_forcing.data.digits import corpus
 from sparsity_forcing.evaluation.intervals import wilson_interval
 from sparsity_forcing.files import replace_directory, write_json_atomic
+from sparsity_forcing.inputs import BASE
 from sparsity_forcing.models.adopt import adopt, describe
 from sparsity_forcing.models.families import ModelError
 from sparsity_forcing.models.load import pick_device
@@ -20,7 +21,7 @@ from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.tracking import Run, Tracker
 
-BASE, CHECKPOINTS = Path("models/base"), Path("checkpoints/base")
+CHECKPOINTS = Path("checkpoints/base")
 LOG_EVERY = 10  # steps between two points of a curve
 
 

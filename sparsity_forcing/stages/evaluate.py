@@ -16,16 +16,15 @@ from sparsity_forcing.evaluation.samples import read_samples, write_samples
 from sparsity_forcing.evaluation.table import AVERAGE, BenchmarkTable, benchmark_table, rich_table
 from sparsity_forcing.evaluation.tasks import write_tasks
 from sparsity_forcing.files import write_json_atomic
+from sparsity_forcing.inputs import BASE, POLICY, TEST, require_inputs
 from sparsity_forcing.lineage import code_digest, file_digest
 from sparsity_forcing.methods import rows_to_compare
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.scoring import score_code
-from sparsity_forcing.stages.inputs import require_inputs
 from sparsity_forcing.tracking import Tracker
 
-TEST = Path("data/prepared/test.parquet")
-MODELS = {"base": Path("models/base"), "policy": Path("models/policy")}
+MODELS = {"base": BASE, "policy": POLICY}
 TASKS, SAMPLES, METRICS = Path("evaluation/tasks"), Path("evaluation/samples.parquet"), Path("metrics/evaluate.json")
 MEASURES = ("accuracy", "accuracy_low", "accuracy_high", "token_ratio", "visual_token_ratio")
 CACHE = Path(".cache/evaluate")  # finished rows of a run that was killed

@@ -15,14 +15,13 @@ from sparsity_forcing.evaluation.profile import (
     tercile_lengths,
 )
 from sparsity_forcing.files import replace_directory, write_json_atomic
+from sparsity_forcing.inputs import BASE, VALIDATION, require_inputs
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.scoring import score_function
-from sparsity_forcing.stages.inputs import require_inputs
 from sparsity_forcing.tracking import Tracker
 
-BASE, VALIDATION = Path("models/base"), Path("data/prepared/validation.parquet")
 PLOTS, METRICS = Path("plots/profile"), Path("metrics/profile.json")
 SUMMARIZED_BY = {
     "by_budget": ["p"],

@@ -10,36 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
-import sparsity_kernels
 from accelerate import PartialState
 
-from sparsity_forcing.checkpoints import Checkpoints, fingerprint
+from sparsity_forcing.checkpoints import Checkpoints
 from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.files import replace_directory, replace_file, write_json_atomic
-from sparsity_forcing.lineage import code_digest, hardware, versions
+from sparsity_forcing.inputs import BASE, POLICY, TRAIN, VALIDATION, require_inputs
+from sparsity_forcing.lineage import hardware
 from sparsity_forcing.models.load import load, pick_device
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
+from sparsity_forcing.rl.identity import identity
 from sparsity_forcing.rl.trainer import Trainer
 from sparsity_forcing.rl.validation import VALIDATED
-from sparsity_forcing.scoring import score_code
-from sparsity_forcing.stages.inputs import require_inputs
 from sparsity_forcing.tracking import Run, Tracker
 
-TRAIN, VALIDATION = Path("data/prepared/train.parquet"), Path("data/prepared/validation.parquet")
-BASE, POLICY = Path("models/base"), Path("models/policy")
 CURVES = Path("plots/train.csv")
 CHECKPOINTS = Path("checkpoints/train")
-
-
-# The code that decides what comes out; the sparse kernels are added to it.
-CODE = ("attention", "generation", "models", "rl", "selection", "data/schema.py", "scoring.py")
-DECISIVE_PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "triton", "math-verify")
-# What may differ in the run that goes on from a checkpoint: how often it saves and shows, what memory it takes.
-INDIFFERENT = {
-    *("checkpoint_every", "keep_checkpoints", "log_samples_every", "validation_batch_size"),
-    *("micro_batch_prompts", "logits_chunk", "gradient_checkpointing"),
-}
 
 
 def run(params: Params, root: Path) -> dict:
@@ -80,22 +67,6 @@ def run(params: Params, root: Path) -> dict:
         checkpoints.clear()
         print(_sentence(metrics, params, version))
     return metrics
-
-
-def identity(params: Params, root: Path, processes: int) -> str:
-    """Names all that decides the weights that come out: a checkpoint of anything else is not resumed from."""
-    code = [*CODE, Path(sparsity_kernels.__file__).parent, *score_code(params.train.reward.correct)]
-    decisive = {
-        "train": params.train.model_dump(exclude=INDIFFERENT),
-        "sparsity": params.sparsity.model_dump(),
-        "seed": params.seed,
-        "dtype": params.model.dtype,
-        "processes": processes,
-        "code": code_digest(code),
-        "versions": versions(DECISIVE_PACKAGES),
-    }
-    base = [path for path in (root / BASE).rglob("*") if path.is_file()]
-    return fingerprint(decisive, (*base, root / TRAIN, root / VALIDATION))
 
 
 @contextmanager

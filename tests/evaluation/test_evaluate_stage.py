@@ -21,9 +21,9 @@ from sparsity_forcing.evaluation.runner import CODE
 from sparsity_forcing.evaluation.samples import read_samples
 from sparsity_forcing.evaluation.table import load_table
 from sparsity_forcing.evaluation.workers import WorkerError
+from sparsity_forcing.inputs import InputError
 from sparsity_forcing.params import Params, parse_params
 from sparsity_forcing.stages import evaluate
-from sparsity_forcing.stages.inputs import InputError
 from sparsity_forcing.tracking import TrackingError
 
 PARAMS = {
@@ -192,7 +192,7 @@ def test_the_fingerprint_depends_on_the_users_score_function_and_what_lies_besid
 
 def test_the_code_in_the_fingerprint_is_all_that_decides_an_answer():
     """Every module that the workers run, but those that only carry the result."""
-    around = {"files", "lineage", "torchvision_ops", "stages.inputs"}
+    around = {"files", "lineage", "torchvision_ops", "inputs"}
     for start in ("evaluation.lmms_model", "evaluation.runner", "evaluation.task_functions"):
         for module in imported_modules(start) - around:
             path = module_file(module).relative_to(ROOT / "sparsity_forcing")

@@ -23,10 +23,10 @@ from sparsity_forcing.evaluation.profile import (
     settings_to_profile,
     tercile_lengths,
 )
+from sparsity_forcing.inputs import InputError
 from sparsity_forcing.models.prompts import encode_prompts
 from sparsity_forcing.params import DigitsParams, ProfileParams, parse_params
 from sparsity_forcing.stages import profile
-from sparsity_forcing.stages.inputs import InputError
 from sparsity_forcing.tracking import TrackingError
 
 BUDGETS = [0.3, 0.6, 1.0]

@@ -30,10 +30,10 @@ from sparsity_forcing.evidence.arms import ARMS, Arm
 from sparsity_forcing.evidence.experiment import run_arm, run_base
 from sparsity_forcing.evidence.summary import read_results, write_summary
 from sparsity_forcing.evidence.tables import GRADIENTS
+from sparsity_forcing.inputs import InputError
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import DigitsParams, ParamsError, load_params
 from sparsity_forcing.rl.facts import Facts, credit
-from sparsity_forcing.stages.inputs import InputError
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,7 +135,7 @@ def test_gradients_of_a_small_base(prepared, monkeypatch):
     found = gradient.measure(params, prepared, draws=3)
     assert found["parts"].keys() == GRADIENTS.keys()
     assert all(part["noise"] > 0 for part in found["parts"].values())
-    assert json.loads((prepared / gradient.RESULT).read_text()) == found
+    assert json.loads((prepared / "metrics/evidence/gradient.json").read_text()) == found
     monkeypatch.setattr(gradient, "load", None)
     assert gradient.measure(params, prepared, draws=3) == found  # nothing to do
     with pytest.raises(ParamsError, match=r"needs train\.selection_policy\.sigma above 0"):

@@ -18,7 +18,7 @@ from sparsity_forcing.stages import STAGES
 ROOT = Path(__file__).parents[2]
 DECLARED = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # How outputs are written, recorded and shown, and which stage comes when; not what is in the outputs.
-AROUND = {"files", "lineage", "tracking", "progress", "checkpoints", "stages", "stages.inputs", "torchvision_ops"}
+AROUND = {"files", "lineage", "tracking", "progress", "checkpoints", "stages", "inputs", "torchvision_ops"}
 USERS_OWN = {"user_data": ["prepare"], "user_models": ["base"], "user_code": ["profile", "train", "evaluate", "report"]}
 
 

@@ -21,10 +21,10 @@ from transformers import AutoModelForImageTextToText
 
 from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import write_rows
+from sparsity_forcing.inputs import InputError
 from sparsity_forcing.lineage import hardware
 from sparsity_forcing.params import DigitsParams, load_params, parse_params
 from sparsity_forcing.stages import train as train_stage
-from sparsity_forcing.stages.inputs import InputError
 from sparsity_forcing.stages.train import identity, run
 
 ROOT = Path(__file__).parents[2]

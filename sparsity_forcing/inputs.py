@@ -1,9 +1,12 @@
-"""What a stage needs before it starts."""
+"""What stages hand to each other, and what one needs before it starts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+
+TRAIN, VALIDATION, TEST = (Path(f"data/prepared/{split}.parquet") for split in ("train", "validation", "test"))
+BASE, POLICY = Path("models/base"), Path("models/policy")
 
 
 class InputError(ValueError):

@@ -1,0 +1,38 @@
+"""Names a training: all that decides its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sparsity_kernels
+
+from sparsity_forcing.checkpoints import fingerprint
+from sparsity_forcing.inputs import BASE, TRAIN, VALIDATION
+from sparsity_forcing.lineage import code_digest, versions
+from sparsity_forcing.params import Params
+from sparsity_forcing.scoring import score_code
+
+# The code that decides what comes out; the sparse kernels are added to it.
+CODE = ("attention", "generation", "models", "rl", "selection", "data/schema.py", "scoring.py")
+DECISIVE_PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy", "triton", "math-verify")
+# What may differ in the run that goes on from a checkpoint: how often it saves and shows, what memory it takes.
+INDIFFERENT = {
+    *("checkpoint_every", "keep_checkpoints", "log_samples_every", "validation_batch_size"),
+    *("micro_batch_prompts", "logits_chunk", "gradient_checkpointing"),
+}
+
+
+def identity(params: Params, root: Path, processes: int) -> str:
+    """Names all that decides the weights that come out: a checkpoint of anything else is not resumed from."""
+    code = [*CODE, Path(sparsity_kernels.__file__).parent, *score_code(params.train.reward.correct)]
+    decisive = {
+        "train": params.train.model_dump(exclude=INDIFFERENT),
+        "sparsity": params.sparsity.model_dump(),
+        "seed": params.seed,
+        "dtype": params.model.dtype,
+        "processes": processes,
+        "code": code_digest(code),
+        "versions": versions(DECISIVE_PACKAGES),
+    }
+    base = [path for path in (root / BASE).rglob("*") if path.is_file()]
+    return fingerprint(decisive, (*base, root / TRAIN, root / VALIDATION))
