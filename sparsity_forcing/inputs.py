@@ -7,6 +7,7 @@ from pathlib import Path
 
 TRAIN, VALIDATION, TEST = (Path(f"data/prepared/{split}.parquet") for split in ("train", "validation", "test"))
 BASE, POLICY = Path("models/base"), Path("models/policy")
+MODELS = {"base": BASE, "policy": POLICY}
 
 
 class InputError(ValueError):

@@ -24,7 +24,7 @@ from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.evidence import gradient, lengths, turns
 from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base
-from sparsity_forcing.evidence.summary import write_summary
+from sparsity_forcing.evidence.summary import page_with, write_summary
 from sparsity_forcing.inputs import POLICY, TEST, require_inputs
 from sparsity_forcing.params import Params, ParamsError, load_params
 
@@ -62,7 +62,7 @@ def main(
             if name in ARMS:
                 ARMS[name].params(params)
         set_environment(params, ROOT)  # before the processes: one thread each
-        write_summary(params, ROOT)  # what is wrong with the page is found before the hours
+        page_with({}, params, ROOT)  # what is wrong with the page is found before the hours
         failed = [] if only_summary else run_all(names, jobs)
         summary = write_summary(params, ROOT)
     except Exception as error:

@@ -57,9 +57,9 @@ def _seeds(arm: Arm) -> list[Arm]:
     """The arm with three seeds, the further ones judged at the deployed and the evaluated budgets alone."""
     more = [
         replace(arm, name=name, question="the same with another seed", seed=seed, at_any_budget=False)
-        for seed, name in enumerate(SEEDS[arm.name])
+        for seed, name in enumerate(SEEDS[arm.name][1:], start=1)
     ]
-    return [arm, *more[1:]]
+    return [arm, *more]
 
 
 ANY_BUDGET = (0.5, 0.6, 0.7, 0.8, 0.9)

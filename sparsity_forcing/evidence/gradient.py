@@ -75,15 +75,16 @@ def measure(params: Params, root: Path, draws: int = 40) -> dict:
     metrics/evidence/gradient.json. The gradient is that of all weights but the vision tower's, whether or not the
     training would put adapters on some of them. ``parts`` has, by name:
 
-    - ``theorem``: 1 - tau less its group's mean, through the token log-probabilities. Its expectation is 0.
+    - ``theorem``: 1 - tau less its group's mean, through the token log-probabilities. Its expectation is 0 but for what
+      dividing by the sampled answer's length (loss_type grpo, dapo) does.
     - ``correct_tokens``, ``efficiency_tokens``: the literal objective's advantage, (r - mean) / std with r taken apart,
-      through the token log-probabilities. C and the std depend on the answers.
+      through the token log-probabilities. C and the std depend on the answers too.
     - ``correct_selection``, ``efficiency_selection``: the same of params.yaml, every layer with its own credit, through
       the density of the sampled selection, for a weight of 1.
 
     Raises:
         InputError: the pipeline has not made the base and the data yet.
-        ParamsError: there is no stochastic selection in ``params``.
+        ParamsError: there is no stochastic selection in ``params``, or an advantage that is not taken apart here.
     """
     require_inputs(root, {BASE: "base", TRAIN: "prepare"})
     if reason := why_not(params):
@@ -104,6 +105,15 @@ def why_not(params: Params) -> str | None:
     """Why these parameters allow no such gradient; None if they do."""
     if not params.train.selection_policy.sigma:
         return "the gradient through the selection needs train.selection_policy.sigma above 0, got 0"
+    config = params.train
+    for name, value, known in (
+        ("scale_rewards", config.scale_rewards, "group"),
+        ("selection_policy.credit", config.selection_policy.credit, "layer"),
+        ("reward.cost", config.reward.cost, "token_ratio"),
+        ("reward.shuffle", config.reward.shuffle, False),
+    ):
+        if value != known:
+            return f"the advantages are taken apart for train.{name} {known} only, got {value}"
     return None
 
 

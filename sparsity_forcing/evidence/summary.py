@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from sparsity_forcing.evidence import gradient, lengths, turns
-from sparsity_forcing.evidence.arms import ARMS
+from sparsity_forcing.evidence.arms import ARMS, SEEDS
 from sparsity_forcing.evidence.experiment import DENSE, INPUTS, current, made_by_arm, made_by_base
 from sparsity_forcing.evidence.tables import (
     arms_table,
@@ -29,6 +30,7 @@ from sparsity_forcing.reporting.markdown import render_block
 from sparsity_forcing.reporting.readme import with_block
 
 PAGE = Path("docs/evidence.md")
+DRAWN = (*chain.from_iterable(SEEDS.values()), "literal", "no_efficiency", "shuffled", "sft", "dpo", "one_budget")
 
 
 def read_results(params: Params, root: Path) -> dict[str, dict]:
@@ -76,12 +78,22 @@ def evidence_section(params: Params, root: Path) -> Section:
 def write_summary(params: Params, root: Path) -> dict:
     """Writes the tables of docs/evidence.md and the figure plots/evidence.png; returns the figures that are quoted."""
     results = read_results(params, root)
+    page = page_with(results, params, root)
     curves(results).save_png(root / "plots")
+    write_text_atomic(root / PAGE, page)
+    return quoted(results, str(params.sparsity.p))
+
+
+def page_with(results: dict[str, dict], params: Params, root: Path) -> str:
+    """docs/evidence.md with the tables of ``results``.
+
+    Raises:
+        ReadmeError: the page has no place for one of them.
+    """
     page = (root / PAGE).read_text(encoding="utf-8")
     for name, block in blocks_of(results, params, root).items():
         page = with_block(page, name, render_block(block), PAGE.as_posix())
-    write_text_atomic(root / PAGE, page)
-    return quoted(results, str(params.sparsity.p))
+    return page
 
 
 def quoted(results: dict[str, dict], p: str) -> dict[str, float | None]:
@@ -102,15 +114,15 @@ def quoted(results: dict[str, dict], p: str) -> dict[str, float | None]:
 
 
 def curves(results: dict[str, dict]) -> Drawing:
-    """Visual token ratio at the deployed budget over the training of every arm."""
-    trained = {name: found["curve"] for name, found in results.items() if name != "base"}
+    """Visual token ratio at the deployed budget over the training of the arms `DRAWN`."""
+    trained = {name: results[name]["curve"] for name in DRAWN if name in results}
 
     def draw() -> Figure:
         figure = new_figure(7.2, 4.8)
         axes = figure.subplots()
         for place, (name, points) in enumerate(trained.items()):
             steps, ratios = [at["step"] for at in points], [at["visual_token_ratio"] for at in points]
-            axes.plot(steps, ratios, color=f"C{place % 10}", linestyle=("-", "--", ":")[place // 10 % 3], label=name)
+            axes.plot(steps, ratios, color=f"C{place % 10}", linestyle=("-", "--")[place // 10], label=name)
         axes.set(xlabel="step", ylabel="visual tokens kept on validation", ylim=(0, 1.02))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         if trained:
@@ -120,6 +132,6 @@ def curves(results: dict[str, dict]) -> Drawing:
     return Drawing(
         "evidence",
         draw,
-        "Visual tokens kept at the deployed budget over the training of every experiment.",
-        "Visual token ratio against training steps for every experiment.",
+        "Visual tokens kept at the deployed budget over the training.",
+        "Visual token ratio against training steps, a line for each of the main experiments.",
     )

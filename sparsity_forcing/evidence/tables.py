@@ -10,6 +10,7 @@ from statistics import mean, stdev
 
 from scipy.stats import t as student
 
+from sparsity_forcing.evaluation.intervals import wilson_interval
 from sparsity_forcing.evidence.arms import ANY_BUDGET, ARMS, SEEDS
 from sparsity_forcing.evidence.experiment import DENSE
 from sparsity_forcing.reporting import formatting as fmt
@@ -33,7 +34,7 @@ WAYS = {
 
 def arms_table(results: dict[str, dict], p: str) -> Table | Missing:
     """Every experiment at the deployed budget, beside the untrained base: its policy on the test questions, and where
-    its training ended on the validation questions."""
+    its training began and ended on the validation questions."""
     if "base" not in results:
         return Missing("Experiments", NOT_RUN)
     base = results["base"]["test"]
@@ -45,9 +46,9 @@ def arms_table(results: dict[str, dict], p: str) -> Table | Missing:
             continue
         found = results[name]
         step = str(found["policy_step"]) + ("" if found["within_guard"] else ", none was within the guard")
-        end = found["curve"][-1]
-        ended = [fmt.percent(end["visual_token_ratio"]), fmt.percent(end["accuracy"])]
-        rows.append([name, arm.question, *_at(found["test"][p], dense), step, *ended])
+        start, end = found["curve"][0], found["curve"][-1]
+        course = [f"{fmt.percent(start[key])} → {fmt.percent(end[key])}" for key in ("visual_token_ratio", "accuracy")]
+        rows.append([name, arm.question, *_at(found["test"][p], dense), step, *course])
     caption = (
         f"At p = {p}, {fmt.amount(dense['questions'])} held-out questions. The dense base answers "
         f"{fmt.percent(dense['accuracy'])}; differences to it are paired, with 95% intervals"
@@ -55,7 +56,7 @@ def arms_table(results: dict[str, dict], p: str) -> Table | Missing:
     columns = [
         *(Column("Experiment", numeric=False), Column("What it is", numeric=False)),
         *(Column("Visual tokens kept"), Column("Accuracy"), Column("Points"), Column("Policy of step")),
-        *(Column(label, group="last step, validation") for label in ("kept", "accuracy")),
+        *(Column(label, group="validation, first to last step") for label in ("kept", "accuracy")),
     ]
     headlines = frozenset(place for place, row in enumerate(rows) if row[0] in SEEDS["default"])
     return Table(caption, columns, rows, highlight=headlines)
@@ -63,9 +64,12 @@ def arms_table(results: dict[str, dict], p: str) -> Table | Missing:
 
 def _at(one: dict, dense: dict) -> list[str]:
     """Visual tokens kept, accuracy, and points against ``dense`` on the same questions."""
+    return [fmt.percent(one["visual_token_ratio"]), fmt.percent(one["accuracy"]), _points(one, dense)]
+
+
+def _points(one: dict, dense: dict) -> str:
     found = paired(one["scores"], dense["scores"])
-    difference = f"{fmt.points(found.difference)} ({fmt.points(found.low)} … {fmt.points(found.high)})"
-    return [fmt.percent(one["visual_token_ratio"]), fmt.percent(one["accuracy"]), difference]
+    return f"{fmt.points(found.difference)} ({fmt.points(found.low)} … {fmt.points(found.high)})"
 
 
 def paired(first: str, second: str) -> PairedDifference:
@@ -93,7 +97,7 @@ def seeds_table(results: dict[str, dict], p: str) -> Table | Missing:
         rows.append([headline, str(len(names)), shown, fmt.percent(mean(ratios)), accuracies, difference])
     caption = (
         f"At p = {p}, all seeds from one base, which answers {fmt.percent(dense)} dense. The points are the mean over "
-        "the seeds with Student's 95% interval"
+        "the seeds with Student's 95% interval: of the training seed alone, for this base and these questions"
     )
     columns = [
         *(Column("Experiment", numeric=False), Column("Seeds"), Column("Visual tokens kept"), Column("Mean")),
@@ -129,7 +133,8 @@ def gradient_table(found: dict | None, why_not: str | None = None) -> Table | Mi
 
 def budgets_table(results: dict[str, dict]) -> Table | Missing:
     """Visual tokens kept and accuracy of base and policies at every budget they were judged at."""
-    names = [name for name in ("base", *ARMS) if name in results and str(ANY_BUDGET[0]) in results[name]["test"]]
+    budgets = {str(p) for p in ANY_BUDGET}
+    names = [name for name in ("base", *ARMS) if name in results and budgets <= results[name]["test"].keys()]
     if not names:
         return Missing("Accuracy at any budget", NOT_RUN)
     rows = []
@@ -146,20 +151,24 @@ def lengths_table(found: dict | None, why_not: str | None = None) -> Table | Mis
         return Missing("Longer prompts", why_not or NOT_RUN)
     at = {(one["checkpoint"], one["visual_tokens"], one["p"]): one for one in found["lengths"]}
     sizes = sorted({tokens for _, tokens, _ in at})
-    (p,) = {p for *_, p in at} - {DENSE}
+    p = found["p"]
     rows = []
     for tokens in sizes:
         kept = [fmt.percent(at[name, tokens, p]["visual_token_ratio"]) for name in ("base", "policy")]
-        right = [
-            fmt.percent(at[name, tokens, budget]["accuracy"]) for name in ("base", "policy") for budget in (DENSE, p)
-        ]
-        rows.append([fmt.amount(tokens), *kept, *right])
+        right = [_with_interval(at[name, tokens, budget]) for name in ("base", "policy") for budget in (DENSE, p)]
+        rows.append([fmt.amount(tokens), fmt.amount(at["base", tokens, p]["questions"]), *kept, *right])
     columns = [
         Column("Visual tokens"),
+        Column("Questions"),
         *(Column(name, group="kept by") for name in ("base", "policy")),
         *(Column(kind, group=f"accuracy of the {name}") for name in ("base", "policy") for kind in ("dense", "sparse")),
     ]
-    return Table(f"{found['lengths'][0]['questions']} questions a length, p = {p}", columns, rows)
+    return Table(f"Sparse at p = {p:g}; accuracies with 95% intervals", columns, rows)
+
+
+def _with_interval(found: dict) -> str:
+    accuracy = found["accuracy"]
+    return f"{fmt.percent(accuracy)} ({fmt.interval(*wilson_interval(accuracy, found['questions']))})"
 
 
 def turns_table(found: dict | None, why_not: str | None = None) -> Table | Missing:
@@ -167,7 +176,10 @@ def turns_table(found: dict | None, why_not: str | None = None) -> Table | Missi
     if found is None:
         return Missing("A second question on the same image", why_not or NOT_RUN)
     rows = [
-        [checkpoint, text, *_at(ways[way], ways["dense"])]
+        [
+            *(checkpoint, text, fmt.percent(ways[way]["visual_token_ratio"]), fmt.percent(ways[way]["accuracy"])),
+            "–" if way == "dense" else _points(ways[way], ways["dense"]),
+        ]
         for checkpoint, ways in found["checkpoints"].items()
         for way, text in WAYS.items()
     ]

@@ -18,7 +18,7 @@ from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.data.digits import COLOURS, questions_about
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.evidence.experiment import DENSE, held_out, made_by_policy, measured_once, sampler_at
-from sparsity_forcing.inputs import BASE, POLICY, require_inputs
+from sparsity_forcing.inputs import BASE, MODELS, POLICY, require_inputs
 from sparsity_forcing.lineage import code_digest
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params, ParamsError
@@ -27,7 +27,6 @@ from sparsity_forcing.rl.rollout import Rollouts
 from sparsity_forcing.rl.sampler import Sampler
 from sparsity_forcing.scoring import ScoreFunction, score_function
 
-CHECKPOINTS = {"base": BASE, "policy": POLICY}
 BATCH = 50
 QUESTIONS = 1000
 
@@ -73,8 +72,8 @@ def _answered(params: Params, root: Path) -> dict:
     pairs = list(islice(((first, second) for first, second in asked if second is not None), QUESTIONS))
     score = score_function(params.train.reward.correct)
     found = {}
-    with Progress("turns", len(CHECKPOINTS)) as progress:
-        for checkpoint, directory in CHECKPOINTS.items():
+    with Progress("turns", len(MODELS)) as progress:
+        for checkpoint, directory in MODELS.items():
             model, processor = load(root / directory, params.model.dtype, params.model.device)
             samplers = [sampler_at(model, processor, params, p) for p in (params.sparsity.p, DENSE)]
             with decoder_attention(model):
@@ -97,10 +96,10 @@ def why_not(params: Params) -> str | None:
 
 
 def second_question(row: Row, seed: int) -> Row | None:
-    """The row with a question about another colour of its canvas, drawn by ``seed`` and the row's id; None if there is
+    """The row with a question about other colours of its canvas, drawn by ``seed`` and the row's id; None if there is
     none."""
     every = questions_about(row.meta["colours"], row.meta["labels"])
-    others = [asked for asked in every if not colours_in(asked[1]) <= colours_in(row.question)]
+    others = [asked for asked in every if colours_in(asked[1]).isdisjoint(colours_in(row.question))]
     if not others:
         return None
     task, question, answer = others[np.random.default_rng([seed, *row.id.encode()]).integers(len(others))]

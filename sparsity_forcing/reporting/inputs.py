@@ -10,6 +10,7 @@ import pandas as pd
 
 from sparsity_forcing.data.schema import Row, read_rows
 from sparsity_forcing.evaluation.table import BenchmarkTable, load_table
+from sparsity_forcing.inputs import BASE, POLICY, TEST
 
 METRICS = ("prepare", "base", "profile", "train")
 
@@ -63,14 +64,14 @@ def read_inputs(root: Path) -> Inputs:
             ) from None
 
     metrics = {stage: optional(f"metrics/{stage}.json", stage, _read_json) for stage in METRICS}
-    for checkpoint, stage in (("base", "base"), ("policy", "train")):
-        optional(f"models/{checkpoint}", stage, Path.iterdir)
+    for model, stage in ((BASE, "base"), (POLICY, "train")):
+        optional(model.as_posix(), stage, Path.iterdir)
     return Inputs(
         table=table,
         metrics={stage: values for stage, values in metrics.items() if values is not None},
         curve=optional("plots/train.csv", "train", pd.read_csv),
         samples=optional("evaluation/samples.parquet", "evaluate", pd.read_parquet),
-        test_rows=optional("data/prepared/test.parquet", "prepare", read_rows),
+        test_rows=optional(TEST.as_posix(), "prepare", read_rows),
         missing=missing,
     )
 

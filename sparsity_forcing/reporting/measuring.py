@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from sparsity_forcing.data.digits import load_scans, render
 from sparsity_forcing.data.schema import Row
+from sparsity_forcing.inputs import MODELS, TEST
 from sparsity_forcing.lineage import hardware
 from sparsity_forcing.methods import Full, Method, sparse_method
 from sparsity_forcing.models.families import visual_token_ids
@@ -22,7 +23,6 @@ from sparsity_forcing.reporting.efficiency import Arm, measure, summarise
 from sparsity_forcing.reporting.inputs import Inputs
 from sparsity_forcing.reporting.kept import first_of_each, measure_kept
 
-MODELS = {"base": "models/base", "policy": "models/policy"}
 Say = Callable[[str], None]
 
 
@@ -31,7 +31,7 @@ def measure_all(params: Params, root: Path, inputs: Inputs, say: Say) -> tuple[M
 
     Where a checkpoint or the test split is missing nothing is measured and the reason is kept.
     """
-    needed = [*MODELS.values(), "data/prepared/test.parquet"]
+    needed = [path.as_posix() for path in (*MODELS.values(), TEST)]
     reasons = [inputs.missing[name] for name in needed if name in inputs.missing]
     if reasons:
         return Measured(hardware(), missing=dict.fromkeys(("kept", "efficiency"), "; ".join(reasons))), []

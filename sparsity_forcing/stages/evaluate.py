@@ -16,7 +16,7 @@ from sparsity_forcing.evaluation.samples import read_samples, write_samples
 from sparsity_forcing.evaluation.table import AVERAGE, BenchmarkTable, benchmark_table, rich_table
 from sparsity_forcing.evaluation.tasks import write_tasks
 from sparsity_forcing.files import write_json_atomic
-from sparsity_forcing.inputs import BASE, POLICY, TEST, require_inputs
+from sparsity_forcing.inputs import BASE, MODELS, POLICY, TEST, require_inputs
 from sparsity_forcing.lineage import code_digest, file_digest
 from sparsity_forcing.methods import rows_to_compare
 from sparsity_forcing.params import Params
@@ -24,7 +24,6 @@ from sparsity_forcing.progress import Progress
 from sparsity_forcing.scoring import score_code
 from sparsity_forcing.tracking import Tracker
 
-MODELS = {"base": BASE, "policy": POLICY}
 TASKS, SAMPLES, METRICS = Path("evaluation/tasks"), Path("evaluation/samples.parquet"), Path("metrics/evaluate.json")
 MEASURES = ("accuracy", "accuracy_low", "accuracy_high", "token_ratio", "visual_token_ratio")
 CACHE = Path(".cache/evaluate")  # finished rows of a run that was killed
@@ -37,7 +36,7 @@ def run(params: Params, root: Path) -> dict:
         InputError: an input of the stage is missing.
         WorkerError: a row failed; the rows that are done are kept for the next run.
     """
-    require_inputs(root, {TEST: "prepare", MODELS["base"]: "base", MODELS["policy"]: "train"})
+    require_inputs(root, {TEST: "prepare", BASE: "base", POLICY: "train"})
     tracker = Tracker(params.tracking, root)  # first: a store that cannot be used costs no evaluation
     benchmark = write_benchmark(params, root)
     methods = rows_to_compare(params.sparsity, params.evaluate.budgets, params.evaluate.baselines)

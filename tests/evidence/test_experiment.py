@@ -140,12 +140,15 @@ def test_gradients_of_a_small_base(prepared, monkeypatch):
     assert gradient.measure(params, prepared, draws=3) == found  # nothing to do
     with pytest.raises(ParamsError, match=r"needs train\.selection_policy\.sigma above 0"):
         gradient.measure(ARMS["literal"].params(params), prepared)
+    with pytest.raises(ParamsError, match=r"train\.selection_policy\.credit layer only, got joint"):
+        gradient.measure(ARMS["layers_joint"].params(params), prepared)
 
 
 def test_lengths_of_a_small_base_and_policy(prepared, monkeypatch):
     monkeypatch.setattr(lengths, "GRIDS", (4, 6))
-    monkeypatch.setattr(lengths, "ROWS", 3)
-    monkeypatch.setattr(lengths, "BATCH", 2)
+    monkeypatch.setattr(lengths, "TOKENS", 3 * 36)
+    monkeypatch.setattr(lengths, "MOST", 5)
+    monkeypatch.setattr(lengths, "BATCH", 40)
     params = load_params(prepared / "params.yaml")
     with pytest.raises(InputError, match="models/policy"):
         lengths.measure(params, prepared)
@@ -154,6 +157,7 @@ def test_lengths_of_a_small_base_and_policy(prepared, monkeypatch):
     assert [(one["checkpoint"], one["visual_tokens"]) for one in found[::2]] == [
         (checkpoint, tokens) for checkpoint in ("base", "policy") for tokens in (16, 36)
     ]
+    assert [one["questions"] for one in found[:4:2]] == [5, 3]
     assert all((one["visual_token_ratio"] == 1) == (one["p"] == 1) for one in found)
     assert [one["visual_token_ratio"] for one in found[:4]] == [one["visual_token_ratio"] for one in found[4:]]
     monkeypatch.setattr(lengths, "load", None)
@@ -161,6 +165,9 @@ def test_lengths_of_a_small_base_and_policy(prepared, monkeypatch):
     other = params.model_copy(update={"data": params.data.model_copy(update={"source": "parquet"})})
     with pytest.raises(ParamsError, match=r"need data\.source digits"):
         lengths.measure(other, prepared)
+    dense = params.model_copy(update={"sparsity": params.sparsity.model_copy(update={"p": 1.0})})
+    with pytest.raises(ParamsError, match=r"sparsity\.p has to be below 1"):
+        lengths.measure(dense, prepared)
 
 
 def test_second_questions_of_a_small_base_and_policy(prepared, monkeypatch):
@@ -236,7 +243,8 @@ def test_a_second_question_asks_for_another_colour_of_the_same_canvas(prepared):
         if second is None:
             without += 1
             continue
-        assert turns.colours_in(second.question) - turns.colours_in(row.question)
+        assert turns.colours_in(second.question)
+        assert not turns.colours_in(second.question) & turns.colours_in(row.question)
         assert second.images == row.images
         assert (second.task, second.question, second.answer) in questions_about(row.meta["colours"], row.meta["labels"])
         assert turns.second_question(row, 0) == second

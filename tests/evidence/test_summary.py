@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from sparsity_forcing.evidence import summary
-from sparsity_forcing.evidence.arms import ARMS, SEEDS
+from sparsity_forcing.evidence.arms import ANY_BUDGET, ARMS, SEEDS
 from sparsity_forcing.evidence.experiment import INPUTS
 from sparsity_forcing.evidence.summary import quoted
 from sparsity_forcing.evidence.tables import (
@@ -42,7 +42,10 @@ def result(name: str, ratio: float, scores: str, **more) -> dict:
         "name": name,
         "policy_step": 30,
         "within_guard": True,
-        "curve": [{"step": 40, "accuracy": 0.5, "visual_token_ratio": 0.125, "token_ratio": 0.2}],
+        "curve": [
+            {"step": 0, "accuracy": 0.75, "visual_token_ratio": 0.96, "token_ratio": 0.97},
+            {"step": 40, "accuracy": 0.5, "visual_token_ratio": 0.125, "token_ratio": 0.2},
+        ],
         "test": {"0.975": at(ratio, scores), "1.0": at(1.0, dense)},
         **more,
     }
@@ -73,7 +76,7 @@ def test_the_table_has_every_experiment_and_says_what_has_not_run():
     assert of.keys() == {"base", *ARMS}
     assert of["default"][2:4] == ["31.0%", "80.0%"]
     assert of["default"][4].startswith("−10.0 (")
-    assert of["default"][5:] == ["30", "12.5%", "50.0%"]
+    assert of["default"][5:] == ["30", "96.0% → 12.5%", "75.0% → 50.0%"]
     assert of["literal"][2:4] == ["95.0%", "90.0%"]
     assert of["literal"][4].startswith("±0.0 (")
     assert of["literal"][5] == "30, none was within the guard"
@@ -118,11 +121,14 @@ def test_the_gradient_table_names_every_part():
 def test_budgets_are_compared_for_those_that_were_judged_at_them():
     results = {name: result(name, ratio, "1111111100") for name, ratio in (("base", 0.9), ("default", 0.3))}
     for name, found in results.items():
-        found["test"]["0.5"] = {"accuracy": 0.25 if name == "base" else 0.75, "visual_token_ratio": 0.125}
-    table = budgets_table(results | {"literal": result("literal", 0.9, "1111111100")})
+        for p in ANY_BUDGET:
+            found["test"][str(p)] = {"accuracy": 0.25 if name == "base" else 0.75, "visual_token_ratio": 0.125}
+    literal = result("literal", 0.9, "1111111100")
+    literal["test"]["0.5"] = results["base"]["test"]["0.5"]  # of evaluate.budgets, not judged at the others
+    table = budgets_table(results | {"literal": literal})
     assert [column.label for column in table.columns] == ["p", "base", "default"]
     assert table.rows[0] == ["0.5", "25.0% at 12.5%", "75.0% at 12.5%"]
-    assert [row[0] for row in table.rows] == ["0.5", "0.975", "1.0"]
+    assert [row[0] for row in table.rows] == [*map(str, ANY_BUDGET), "0.975", "1.0"]
     assert isinstance(budgets_table({}), Missing)
 
 
@@ -134,10 +140,10 @@ def test_lengths_are_in_order():
         for tokens in (4096, 64)
         for p in (0.975, 1.0)
     ]
-    table = lengths_table({"lengths": at})
-    assert table.caption == "24 questions a length, p = 0.975"
-    assert table.rows[0] == ["64", "100.0%", "100.0%", *["50.0%"] * 4]
-    assert table.rows[1][:3] == ["4,096", "1.6%", "1.6%"]
+    table = lengths_table({"p": 0.975, "lengths": at})
+    assert table.caption.startswith("Sparse at p = 0.975")
+    assert table.rows[0] == ["64", "24", "100.0%", "100.0%", *["50.0% (31.4–68.6)"] * 4]
+    assert table.rows[1][:4] == ["4,096", "24", "1.6%", "1.6%"]
 
 
 def test_second_questions_are_compared_with_the_same_models_own():
@@ -148,7 +154,7 @@ def test_second_questions_are_compared_with_the_same_models_own():
     table = turns_table({"p": 0.975, "questions": 4, "checkpoints": {"base": ways, "policy": ways}})
     assert [row[0] for row in table.rows] == ["base"] * 3 + ["policy"] * 3
     assert [row[2:4] for row in table.rows[:3]] == [["100.0%", "75.0%"], ["25.0%", "75.0%"], ["20.0%", "25.0%"]]
-    assert [row[4].split(" ")[0] for row in table.rows[3:]] == ["±0.0", "±0.0", "−50.0"]
+    assert [row[4].split(" ")[0] for row in table.rows[3:]] == ["–", "±0.0", "−50.0"]
 
 
 def test_the_cost_is_said_in_full():
@@ -170,7 +176,7 @@ def test_the_report_has_the_experiments(tmp_path, monkeypatch):
     report = Report("title", "headline", [], [], [section])
     markdown, page = render_markdown(report), render_html(report)
     assert "| **default** | **what the parameters of params.yaml give** | **31.0%** |" in markdown
-    assert "last step, validation: kept" in markdown
+    assert "validation, first to last step: kept" in markdown
     assert ">31.0%</td>" in page
     assert "<svg" in page
     assert "Signal and noise of the gradient: **not measured** (`make evidence` runs what is missing)." in markdown

@@ -24,8 +24,9 @@ from sparsity_forcing.data.schema import write_rows
 from sparsity_forcing.inputs import InputError
 from sparsity_forcing.lineage import hardware
 from sparsity_forcing.params import DigitsParams, load_params, parse_params
-from sparsity_forcing.stages import train as train_stage
-from sparsity_forcing.stages.train import identity, run
+from sparsity_forcing.rl import identity as naming
+from sparsity_forcing.rl.identity import identity
+from sparsity_forcing.stages.train import run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
@@ -153,13 +154,13 @@ def test_a_checkpoint_belongs_to_all_that_decides_the_weights(prepared):
 @pytest.mark.parametrize("name", ["code_digest", "versions"])
 def test_a_checkpoint_belongs_to_the_code_and_its_packages(prepared, monkeypatch, name):
     same = identity(changed(prepared), prepared, 1)
-    monkeypatch.setattr(train_stage, name, lambda named: "another")
+    monkeypatch.setattr(naming, name, lambda named: "another")
     assert identity(changed(prepared), prepared, 1) != same
 
 
 def test_the_users_own_score_function_is_part_of_the_code(prepared, monkeypatch):
     seen = []
-    monkeypatch.setattr(train_stage, "code_digest", lambda paths: seen.append([str(path) for path in paths]) or "")
+    monkeypatch.setattr(naming, "code_digest", lambda paths: seen.append([str(path) for path in paths]) or "")
     identity(changed(prepared, reward={"correct": "scenes:always_right"}), prepared, 1)
     identity(changed(prepared), prepared, 1)
     assert str(Path(__file__).parent / "scenes.py") in seen[0]
