@@ -54,7 +54,7 @@ class Scans:
 
 @cache
 def load_scans(split: str, distorted: bool = False) -> Scans:
-    """The scans of ``train``, ``validation`` or ``test``; with ``distorted`` followed by `DISTORTED` versions of each."""
+    """The scans of ``train``, ``validation`` or ``test``; where ``distorted``, then `DISTORTED` versions of each."""
     from sklearn.datasets import load_digits
 
     if split not in SPLITS:

@@ -15,8 +15,8 @@ class Arm:
     """One experiment.
 
     ``train``, ``sparsity``: keys of params.yaml that differ from it, sections inside as dicts. ``rows``: ``hard``
-    trains on the questions that the base answers wrong with dense attention, ``undistorted`` on questions about training
-    scans as they are. ``seed``: added to that of params.yaml.
+    trains on the questions that the base answers wrong with dense attention, ``undistorted`` on questions about scans
+    as they are. ``seed``: added to that of params.yaml.
     ``objective``: one of `alternatives.OBJECTIVES`. ``at_any_budget``: judged at `ANY_BUDGET` too.
     """
 
