@@ -81,10 +81,7 @@ def _require_room(
 
 
 class DigitsParams(_Section):
-    """The embedded source: splits of rendered questions, the same share of every task and grid.
-
-    ``distorted``: the training questions show distorted scans too (`data.digits.distort`); the other splits never do.
-    """
+    """The embedded source: splits of rendered questions, the same share of every task and grid."""
 
     grids: NonEmptyUnique[Grid] = (8, 12)
     tasks: NonEmptyUnique[Task] = ("read", "count", "sum")
@@ -93,7 +90,6 @@ class DigitsParams(_Section):
     test_rows: Positive = 2400
     grey_share: Share = 0.1
     clutter_share: Share = 0.16
-    distorted: bool = True
 
     @model_validator(mode="after")
     def _room_for_coloured_digits(self) -> Self:
@@ -170,10 +166,7 @@ class ScratchModel(_Section):
 
 
 class Phase(_Section):
-    """One phase of the curriculum: a mixture of grids and tasks, trained for some steps.
-
-    ``distorted``: with distorted scans too (`data.digits.distort`).
-    """
+    """One phase of the curriculum: a mixture of grids and tasks, trained for some steps."""
 
     steps: Positive
     batch_size: Positive = 32
@@ -182,7 +175,6 @@ class Phase(_Section):
     grey_share: Share = 0.1
     clutter_share: Share = 0.16
     coloured: Annotated[int, Field(ge=2)] = COLOURED_DIGITS
-    distorted: bool = False
 
     @model_validator(mode="after")
     def _room_for_coloured_digits(self) -> Self:

@@ -5,8 +5,7 @@ A canvas is a grid of cells, one scan or one piece of clutter per cell, so that 
 (8x8 pixels) sees one cell. A few digits are coloured, the rest is grey: most visual tokens do not matter for a
 question, and which ones matter depends on the question.
 
-Splits are by scan: no scan, and so no handwriting sample, is in two splits. A model knows the thousand training scans
-by heart soon, and then no training question says any more whether it reads handwriting; distorted scans do.
+Splits are by scan: no scan, and so no handwriting sample, is in two splits.
 """
 
 from __future__ import annotations
@@ -33,53 +32,27 @@ TASKS = ("read", "count", "sum")
 SPLITS = {"train": slice(0, 1097), "validation": slice(1097, 1297), "test": slice(1297, 1797)}
 
 
-DISTORTED = 15  # versions of every scan
-ROTATION, SHEAR, SCALE, SHIFT = 10.0, 0.15, 0.1, 0.5  # at most: degrees, pixels per pixel, share, pixels
-
-
 @dataclass(frozen=True)
 class Scans:
-    """Scans of one split.
-
-    ``pixels``: (n, 8, 8) float32 in [0, 1]; ``labels``: (n,) digit 0-9; ``ids``: (n,) index into ``load_digits``.
-    """
+    """Scans of one split. ``pixels``: (n, 8, 8) float32 in [0, 1]; ``labels``: (n,) digit 0-9."""
 
     pixels: np.ndarray
     labels: np.ndarray
-    ids: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 @cache
-def load_scans(split: str, distorted: bool = False) -> Scans:
-    """The scans of ``train``, ``validation`` or ``test``; where ``distorted``, then `DISTORTED` versions of each."""
+def load_scans(split: str) -> Scans:
+    """The scans of ``train``, ``validation`` or ``test``."""
     from sklearn.datasets import load_digits
 
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; one of {sorted(SPLITS)}")
     digits = load_digits()
-    ids = np.arange(len(digits.target))[SPLITS[split]]
-    pixels = (digits.images[ids] / 16.0).astype(np.float32)
-    if distorted:
-        rng = np.random.default_rng(0)
-        versions = [np.stack([distort(scan, rng) for scan in pixels]) for _ in range(DISTORTED)]
-        pixels, ids = np.concatenate([pixels, *versions]), np.tile(ids, 1 + DISTORTED)
-    return Scans(pixels, digits.target[ids].astype(np.int64), ids)
-
-
-def distort(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """``scan`` (8, 8) turned, sheared, scaled and shifted a little about its centre, linearly interpolated."""
-    from scipy.ndimage import affine_transform
-
-    turn, shear = np.deg2rad(rng.uniform(-ROTATION, ROTATION)), rng.uniform(-SHEAR, SHEAR)
-    scale, shift = 1 + rng.uniform(-SCALE, SCALE), rng.uniform(-SHIFT, SHIFT, 2)
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    matrix = rotation @ np.array([[1.0, shear], [0.0, 1.0]]) / scale
-    centre = np.full(2, (CELL - 1) / 2)
-    moved = affine_transform(scan, matrix, centre - matrix @ (centre + shift), order=1, mode="grid-constant")
-    return moved.astype(np.float32)
+    part = SPLITS[split]
+    return Scans((digits.images[part] / 16.0).astype(np.float32), digits.target[part].astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -98,7 +71,7 @@ class Canvas:
     coloured_cells: tuple[int, ...]
     colours: tuple[str, ...]
     labels: tuple[int, ...]
-    scans: tuple[int, ...]  # indices into load_digits
+    scans: tuple[int, ...]
 
     def png(self) -> bytes:
         buffer = io.BytesIO()
@@ -154,7 +127,7 @@ def render(
         coloured_cells=tuple(int(places[i]) for i in in_order),
         colours=tuple(colours[i] for i in in_order),
         labels=tuple(int(labels[i]) for i in in_order),
-        scans=tuple(int(i) for i in scans.ids[scan_ids]),
+        scans=tuple(int(i) for i in scan_ids),
     )
 
 

@@ -29,8 +29,7 @@ def digits_row(params: DigitsParams, seed: int, split: str, place: int) -> Row:
     kinds = list(product(params.grids, params.tasks))
     grid, task = kinds[place % len(kinds)]
     rng = np.random.default_rng([seed, list(SPLITS).index(split), place])
-    scans = load_scans(split, distorted=params.distorted and split == "train")
-    canvas = render(rng, scans, grid, task, params.grey_share, params.clutter_share)
+    canvas = render(rng, load_scans(split), grid, task, params.grey_share, params.clutter_share)
     return Row(
         id=f"digits-{split}-{place:06d}",
         split=split,
@@ -44,6 +43,6 @@ def digits_row(params: DigitsParams, seed: int, split: str, place: int) -> Row:
             "coloured_cells": list(canvas.coloured_cells),
             "colours": list(canvas.colours),
             "labels": list(canvas.labels),
-            "scans": list(canvas.scans),
+            "scans": [SPLITS[split].start + scan for scan in canvas.scans],
         },
     )

@@ -29,7 +29,7 @@ from sparsity_forcing.params import ModelParams, Phase
 
 STATE_FILE = "state.pt"
 CODE = ("data/digits.py", "models/pretrain.py", "models/prompts.py")  # what decides the weights, and packages that do:
-PACKAGES = ("torch", "transformers", "numpy", "scikit-learn", "scipy")
+PACKAGES = ("torch", "transformers", "numpy", "scikit-learn")
 
 
 class CurriculumBatches(IterableDataset):
@@ -48,7 +48,7 @@ class CurriculumBatches(IterableDataset):
 
     def _batch(self, phase: Phase, step: int) -> tuple[dict, torch.Tensor]:
         rng = np.random.default_rng([self.seed, step])
-        scans = load_scans("train", phase.distorted)
+        scans = load_scans("train")
         grid = phase.grids[int(rng.integers(len(phase.grids)))]
         canvases = [
             render(

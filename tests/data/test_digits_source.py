@@ -12,21 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.neighbors import KNeighborsClassifier
 
 from sparsity_forcing.data.candidates import BadRow
 from sparsity_forcing.data.checks import Limits, check_row
-from sparsity_forcing.data.digits import (
-    CELL,
-    COLOURS,
-    DISTORTED,
-    SHEAR,
-    SPLITS,
-    distort,
-    load_scans,
-    questions_about,
-    render,
-)
+from sparsity_forcing.data.digits import CELL, COLOURS, SPLITS, load_scans, questions_about, render
 from sparsity_forcing.data.digits_source import digits_candidates, digits_row
 from sparsity_forcing.params import DigitsParams
 
@@ -56,59 +45,6 @@ def test_no_handwriting_sample_is_in_two_splits():
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["validation"]
     assert not seen["validation"] & seen["test"]
-
-
-def test_scans_come_first_and_their_distorted_versions_after_them():
-    plain, more = load_scans("train"), load_scans("train", distorted=True)
-    count = len(plain)
-    assert len(more) == (1 + DISTORTED) * count
-    assert np.array_equal(more.pixels[:count], plain.pixels)
-    assert np.array_equal(more.ids, np.tile(plain.ids, 1 + DISTORTED))
-    assert np.array_equal(more.labels, load_digits().target[more.ids])
-    assert more.pixels.dtype == np.float32
-    assert more.pixels.min() >= 0
-    assert more.pixels.max() <= 1
-    assert len({scan.tobytes() for scan in more.pixels}) == (1 + DISTORTED) * count
-
-
-def test_a_nearest_neighbour_still_knows_what_a_distorted_scan_is():
-    plain, more = load_scans("train"), load_scans("train", distorted=True)
-    known = KNeighborsClassifier(1).fit(plain.pixels.reshape(len(plain), -1), plain.labels)
-    distorted = slice(len(plain), 3 * len(plain))
-    assert known.score(more.pixels[distorted].reshape(2 * len(plain), -1), more.labels[distorted]) > 0.95
-
-
-class Drawn:
-    """A generator that draws what it is given, in the order of `distort`: turn, shear, scale, shift."""
-
-    def __init__(self, turn=0.0, shear=0.0, scale=0.0, shift=(0.0, 0.0)):
-        self.values = iter((turn, shear, scale, np.array(shift)))
-
-    def uniform(self, low, high, size=None):
-        return next(self.values)
-
-
-def test_distortions_move_pixels_where_they_should():
-    scan = load_scans("train").pixels[0]
-    assert np.array_equal(distort(scan, Drawn()), scan)
-    down = np.pad(scan, ((1, 0), (0, 0)))[:CELL]
-    assert np.allclose(distort(scan, Drawn(shift=(1.0, 0.0))), down, atol=1e-6)
-    halfway = (scan + down) / 2
-    assert np.allclose(distort(scan, Drawn(shift=(0.5, 0.0)))[1:], halfway[1:], atol=1e-6)
-    assert np.allclose(distort(scan, Drawn(turn=90.0)), np.rot90(scan, -1), atol=1e-5)
-    line = np.zeros((CELL, CELL), np.float32)
-    line[:, 3] = 1.0
-    assert np.allclose(distort(line, Drawn(shear=SHEAR))[1:-1], line[1:-1], atol=1e-6)  # columns stay, rows tilt
-    heights = (distort(line.T, Drawn(shear=SHEAR)) * np.arange(CELL)[:, None]).sum(0)
-    assert np.allclose(np.diff(heights), -SHEAR, atol=1e-5)
-    assert distort(line, Drawn(scale=-0.5)).sum() == pytest.approx(line.sum() / 4, rel=0.2)
-
-
-def test_distorted_scans_are_for_training_alone():
-    plain = PARAMS.model_copy(update={"distorted": False})
-    both = list(zip(rows(), rows(plain), strict=True))
-    assert all(one == other for one, other in both if one.split != "train")
-    assert all(one.images != other.images for one, other in both if one.split == "train")
 
 
 def test_tasks_and_grids_have_the_same_share():

@@ -10,7 +10,7 @@ from full_disk import files_at_most
 from imported_code import ROOT, imported_modules, module_file
 
 from sparsity_forcing.checkpoints import Checkpoints
-from sparsity_forcing.data.digits import COLOURS, corpus, load_scans
+from sparsity_forcing.data.digits import COLOURS, corpus
 from sparsity_forcing.files import WriteError
 from sparsity_forcing.models import pretrain as training
 from sparsity_forcing.models.families import ModelError
@@ -200,18 +200,6 @@ def test_the_loss_is_that_of_the_answer_tokens(processor):
         rows.append(torch.nn.functional.cross_entropy(row[answer], wanted[answer], reduction="none"))
     assert loss.item() == pytest.approx(torch.cat(rows).mean().item(), abs=1e-5)
     assert accuracy == 0.0
-
-
-def test_a_phase_draws_distorted_scans_where_it_says_so(processor, monkeypatch):
-    asked = []
-    monkeypatch.setattr(training, "load_scans", lambda *which: asked.append(which) or load_scans(*which))
-    phase = Phase(steps=1, batch_size=8, grids=(4,))
-    plain, distorted = (
-        next(iter(CurriculumBatches(processor, (phase.model_copy(update={"distorted": choice}),), seed=0)))[0]
-        for choice in (False, True)
-    )
-    assert asked == [("train", False), ("train", True)]
-    assert not torch.equal(plain["pixel_values"], distorted["pixel_values"])
 
 
 def test_the_schedule():
