@@ -81,7 +81,10 @@ def _require_room(
 
 
 class DigitsParams(_Section):
-    """The embedded source: splits of rendered questions, the same share of every task and grid."""
+    """The embedded source: splits of rendered questions, the same share of every task and grid.
+
+    ``distorted``: the scans of the training questions go through `data.digits.distort`; those of other splits never do.
+    """
 
     grids: NonEmptyUnique[Grid] = (8, 12)
     tasks: NonEmptyUnique[Task] = ("read", "count", "sum")
@@ -90,6 +93,7 @@ class DigitsParams(_Section):
     test_rows: Positive = 2400
     grey_share: Share = 0.1
     clutter_share: Share = 0.16
+    distorted: bool = False
 
     @model_validator(mode="after")
     def _room_for_coloured_digits(self) -> Self:

@@ -5,7 +5,8 @@ A canvas is a grid of cells, one scan or one piece of clutter per cell, so that 
 (8x8 pixels) sees one cell. A few digits are coloured, the rest is grey: most visual tokens do not matter for a
 question, and which ones matter depends on the question.
 
-Splits are by scan: no scan, and so no handwriting sample, is in two splits.
+Splits are by scan: no scan, and so no handwriting sample, is in two splits. A model soon knows the thousand training
+scans by heart; where a canvas has to say whether it reads handwriting it has not seen, its scans are distorted.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ TASKS = ("read", "count", "sum")
 SPLITS = {"train": slice(0, 1097), "validation": slice(1097, 1297), "test": slice(1297, 1797)}
 
 
+ROTATION, SLANT, SCALE, SHIFT = 15.0, 0.2, 0.15, 0.7  # of `distort`, at most: degrees, pixels a row, share, pixels
+
+
 @dataclass(frozen=True)
 class Scans:
     """Scans of one split. ``pixels``: (n, 8, 8) float32 in [0, 1]; ``labels``: (n,) digit 0-9."""
@@ -53,6 +57,22 @@ def load_scans(split: str) -> Scans:
     digits = load_digits()
     part = SPLITS[split]
     return Scans((digits.images[part] / 16.0).astype(np.float32), digits.target[part].astype(np.int64))
+
+
+def distort(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """``scan`` (8, 8) turned, slanted, scaled and shifted about its centre: another scan of the same label.
+
+    Linear interpolation, which blurs; ink that leaves the cell is lost.
+    """
+    from scipy.ndimage import affine_transform
+
+    turn, slant = np.deg2rad(rng.uniform(-ROTATION, ROTATION)), rng.uniform(-SLANT, SLANT)
+    scale, shift = 1 + rng.uniform(-SCALE, SCALE), rng.uniform(-SHIFT, SHIFT, 2)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    matrix = rotation @ np.array([[1.0, 0.0], [slant, 1.0]]) / scale  # from (row, column) here to that of the scan
+    centre = np.full(2, (CELL - 1) / 2)
+    moved = affine_transform(scan, matrix, centre - matrix @ (centre + shift), order=1, mode="grid-constant")
+    return moved.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -89,11 +109,13 @@ def render(
     grey_share: float = 0.1,
     clutter_share: float = 0.16,
     coloured: int = COLOURED_DIGITS,
+    distorted: bool = False,
 ) -> Canvas:
     """Draws one canvas of ``grid`` x ``grid`` cells and a question of ``task`` about it.
 
     ``grey_share`` and ``clutter_share`` are the shares of cells that hold a grey digit or scrambled strokes,
-    ``coloured`` is the number of coloured digits (at least 2; fewer make an easier canvas).
+    ``coloured`` is the number of coloured digits (at least 2; fewer make an easier canvas). ``distorted``: every scan goes
+    through `distort`; the same generator draws the same canvas otherwise.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r} is unknown to the digits source; one of {list(TASKS)}")
@@ -104,11 +126,13 @@ def render(
     places = rng.permutation(cells)[: coloured + grey + clutter]
     scan_ids = rng.integers(len(scans), size=len(places))
     colours, asked = _draw_colours(rng, task, coloured)
-    labels = scans.labels[scan_ids]
+    labels, strokes = scans.labels[scan_ids], scans.pixels[scan_ids]
+    if distorted:
+        [own] = rng.spawn(1)  # leaves the draws below as they are
+        strokes = [distort(scan, own) for scan in strokes]
 
     pixels = np.zeros((grid, grid, CELL, CELL, 3), np.float32)
-    for order, (place, scan_id) in enumerate(zip(places, scan_ids, strict=True)):
-        scan = scans.pixels[scan_id]
+    for order, (place, scan) in enumerate(zip(places, strokes, strict=True)):
         if order >= coloured + grey:  # clutter: the same strokes, scrambled
             scan = rng.permutation(scan.ravel()).reshape(CELL, CELL) * 0.7
         tint = COLOURS[colours[order]] if order < coloured else (0.65, 0.65, 0.65)

@@ -29,7 +29,15 @@ def digits_row(params: DigitsParams, seed: int, split: str, place: int) -> Row:
     kinds = list(product(params.grids, params.tasks))
     grid, task = kinds[place % len(kinds)]
     rng = np.random.default_rng([seed, list(SPLITS).index(split), place])
-    canvas = render(rng, load_scans(split), grid, task, params.grey_share, params.clutter_share)
+    canvas = render(
+        rng,
+        load_scans(split),
+        grid,
+        task,
+        params.grey_share,
+        params.clutter_share,
+        distorted=params.distorted and split == "train",
+    )
     return Row(
         id=f"digits-{split}-{place:06d}",
         split=split,

@@ -15,7 +15,8 @@ class Arm:
     """One experiment.
 
     ``train``, ``sparsity``: keys of params.yaml that differ from it, sections inside as dicts. ``rows``: ``hard``
-    trains on the questions that the base answers wrong with dense attention. ``seed``: added to that of params.yaml.
+    trains on the questions that the base answers wrong with dense attention, ``undistorted`` on the same questions with
+    the scans as they are. ``seed``: added to that of params.yaml.
     ``objective``: one of `alternatives.OBJECTIVES`. ``at_any_budget``: judged at `ANY_BUDGET` too.
     """
 
@@ -23,7 +24,7 @@ class Arm:
     question: str
     train: dict = field(default_factory=dict)
     sparsity: dict = field(default_factory=dict)
-    rows: Literal["all", "hard"] = "all"
+    rows: Literal["all", "hard", "undistorted"] = "all"
     seed: int = 0
     objective: str = "grpo"
     at_any_budget: bool = False
@@ -77,6 +78,12 @@ ARMS = {
         Arm("no_efficiency", "is it the efficiency reward, or sampling alone?", {"reward": {"weight_efficiency": 0.0}}),
         Arm("shuffled", "every rollout is paid for a cost drawn from the whole step", {"reward": {"shuffle": True}}),
         Arm("all_weights", "all weights of the decoder trained, more slowly", {"lora": None, "learning_rate": 4e-4}),
+        Arm(
+            "attention_weights",
+            "adapters on the query and key projections only",
+            {"lora": {"targets": ["q_proj", "k_proj"]}},
+        ),
+        Arm("undistorted", "trained on the scans that the base knows by heart", rows="undistorted"),
         Arm("layers_joint", "a layer's selection paid the joint reward", {"selection_policy": {"credit": "joint"}}),
         Arm("raw_advantages", "without centring by budget", {"center_by_budget": False}),
         Arm("one_budget", "one budget instead of eight", {"budgets": [0.975]}),

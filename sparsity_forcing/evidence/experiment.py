@@ -17,7 +17,7 @@ from sparsity_forcing.files import write_json_atomic
 from sparsity_forcing.inputs import BASE, POLICY, TEST, TRAIN, VALIDATION, require_inputs
 from sparsity_forcing.lineage import code_digest, dvc_md5, file_digest, git_state, hardware
 from sparsity_forcing.models.load import load
-from sparsity_forcing.params import Params
+from sparsity_forcing.params import Params, ParamsError
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.rl.identity import identity
 from sparsity_forcing.rl.sampler import Sampler
@@ -47,13 +47,17 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
     if (done := current(arm.name, lambda: made_by, root)) is not None:
         checkpoints.clear()
         return done
+    origin = head(arm.name, made_by, root)
     model, processor = load(root / BASE, own.model.dtype, own.model.device)
     rows, validation = read_rows(root / TRAIN), read_rows(root / VALIDATION)
     if arm.rows == "hard":
         rows = wrongly_answered(model, processor, rows, own)
+    if arm.rows == "undistorted":
+        rows = undistorted(rows, params)
     tags = {"arm": arm.name, "question": arm.question} | {f"dvc.{path}.md5": dvc_md5(root / path) for path in INPUTS}
     with Tracker(own.tracking, root).run("evidence", arm.name, {"arm": arm.name, "seed": own.seed}, tags) as record:
-        for split in (TRAIN, VALIDATION, TEST):
+        from_file = [VALIDATION, TEST] if arm.rows == "undistorted" else [TRAIN, VALIDATION, TEST]
+        for split in from_file:
             record.dataset(root / split, name=f"{own.data.source}-{split.stem}", split=split.stem)
         with Progress(arm.name, own.train.steps) as progress:
             report = _report(record, progress)
@@ -62,7 +66,7 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
             )
             history = trainer.train()
         found = {
-            **head(arm.name, made_by, root),
+            **origin,
             "question": arm.question,
             "seed": own.seed,
             "changed": {"train": arm.train, "sparsity": arm.sparsity, "rows": arm.rows},
@@ -172,6 +176,20 @@ def wrongly_answered(model, processor, rows: list[Row], params: Params) -> list[
     with decoder_attention(model):
         answers = answered(sampler_at(model, processor, params, DENSE), rows, score)
     return [row for row, right in zip(rows, answers[:, 0] > 0.5, strict=True) if not right]
+
+
+def undistorted(rows: list[Row], params: Params) -> list[Row]:
+    """The training rows of the source `digits`, their scans as they are.
+
+    Raises:
+        ParamsError: `rows` show no distorted scans.
+    """
+    if params.data.source != "digits":
+        raise ParamsError(f"data.source is {params.data.source}: only the rows of digits show distorted scans")
+    if not params.data.digits.distorted:
+        raise ParamsError("data.digits.distorted is false: the rows show the scans as they are already")
+    plain = params.data.digits.model_copy(update={"distorted": False})
+    return [digits_row(plain, params.seed, "train", place) for place in range(len(rows))]
 
 
 def curve(history: list[dict]) -> list[dict]:

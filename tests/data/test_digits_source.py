@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,10 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.svm import SVC
 
 from sparsity_forcing.data.candidates import BadRow
 from sparsity_forcing.data.checks import Limits, check_row
-from sparsity_forcing.data.digits import CELL, COLOURS, SPLITS, load_scans, questions_about, render
+from sparsity_forcing.data.digits import (
+    CELL,
+    COLOURED_DIGITS,
+    COLOURS,
+    ROTATION,
+    SCALE,
+    SHIFT,
+    SLANT,
+    SPLITS,
+    distort,
+    load_scans,
+    questions_about,
+    render,
+)
 from sparsity_forcing.data.digits_source import digits_candidates, digits_row
 from sparsity_forcing.params import DigitsParams
 
@@ -45,6 +60,67 @@ def test_no_handwriting_sample_is_in_two_splits():
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["validation"]
     assert not seen["validation"] & seen["test"]
+
+
+class Drawn:
+    """A generator that draws what it is given, in the order of `distort`: turn, slant, scale, shift."""
+
+    def __init__(self, turn=0.0, slant=0.0, scale=0.0, shift=(0.0, 0.0)):
+        self.values = iter(((turn, ROTATION), (slant, SLANT), (scale, SCALE), (np.array(shift), SHIFT)))
+
+    def uniform(self, low, high, size=None):
+        value, most = next(self.values)
+        assert (low, high, size) == (-most, most, np.shape(value)[0] if np.ndim(value) else None)
+        return value
+
+
+def test_distortions_move_pixels_where_they_should():
+    scan = load_scans("train").pixels[0]
+    assert np.array_equal(distort(scan, Drawn()), scan)
+    down = np.pad(scan, ((1, 0), (0, 0)))[:CELL]
+    assert np.allclose(distort(scan, Drawn(shift=(1.0, 0.0))), down, atol=1e-6)
+    assert np.allclose(distort(scan, Drawn(shift=(0.5, 0.0))), (scan + down) / 2, atol=1e-6)
+    assert np.allclose(distort(scan, Drawn(turn=90.0)), np.rot90(scan, -1), atol=1e-5)
+    stroke = np.zeros((CELL, CELL), np.float32)
+    stroke[:, 3] = 1.0
+    slanted = distort(stroke, Drawn(slant=SLANT))
+    assert np.allclose(slanted.sum(1), 1.0, atol=1e-6)  # rows keep their ink
+    assert np.allclose(np.diff(slanted @ np.arange(CELL)), -SLANT, atol=1e-5)  # and move by the slant
+    assert np.allclose(distort(stroke.T, Drawn(slant=SLANT))[:, 2:-2], stroke.T[:, 2:-2], atol=1e-6)
+
+
+def test_a_scaled_and_shifted_dot_lies_where_it_should():
+    dot = np.zeros((CELL, CELL), np.float32)
+    dot[2, 2] = 1.0
+    moved = distort(dot, Drawn(scale=1.0, shift=(1.5, 0.5)))
+    rows, columns = np.nonzero(moved == moved.max())
+    assert (set(rows), set(columns)) == ({2}, {1})  # 3.5 - 2 * 1.5 + 1.5 and 3.5 - 2 * 1.5 + 0.5
+
+
+def test_a_classifier_can_read_distorted_scans_of_handwriting_it_has_not_seen():
+    rng, known, asked = np.random.default_rng(0), load_scans("train"), load_scans("validation")
+    distorted = [np.stack([distort(scan, rng) for scan in known.pixels]) for _ in range(4)]
+    reader = SVC(C=10).fit(np.concatenate(distorted).reshape(-1, CELL**2), np.tile(known.labels, 4))
+    shown = np.stack([distort(scan, rng) for scan in asked.pixels])
+    assert shown.dtype == np.float32
+    assert 0 <= shown.min() <= shown.max() <= 1
+    assert reader.score(shown.reshape(-1, CELL**2), asked.labels) > 0.92
+
+
+def test_a_canvas_with_distorted_scans_is_the_same_otherwise():
+    scans = load_scans("train")
+    plain, distorted = (render(np.random.default_rng(4), scans, 8, "sum", distorted=choice) for choice in (False, True))
+    assert asdict(replace(plain, pixels=None)) == asdict(replace(distorted, pixels=None))
+    differ = (plain.pixels != distorted.pixels).reshape(8, CELL, 8, CELL, 3).any((1, 3, 4))
+    assert differ.sum() == COLOURED_DIGITS + 6 + 10  # of 64 cells, 10% are grey digits and 16% clutter
+    assert differ.flat[list(plain.coloured_cells)].all()
+
+
+def test_distorted_scans_are_for_training_alone():
+    both = list(zip(rows(), rows(PARAMS.model_copy(update={"distorted": True})), strict=True))
+    assert all(one == other for one, other in both if one.split != "train")
+    assert all(one.images != other.images for one, other in both if one.split == "train")
+    assert all(replace(one, images=()) == replace(other, images=()) for one, other in both)
 
 
 def test_tasks_and_grids_have_the_same_share():

@@ -128,6 +128,21 @@ def test_hard_questions_are_those_the_base_gets_wrong(prepared, monkeypatch):
     assert [row.id for row in seen["rows"]] == [row.id for row in rows[::2]]
 
 
+def test_undistorted_questions_show_the_scans_as_they_are(prepared):
+    params = load_params(prepared / "params.yaml")
+    rows = read_rows(prepared / "data/prepared/train.parquet")
+    with pytest.raises(ParamsError, match=r"data\.digits\.distorted is false: the rows show the scans as they are"):
+        experiment.undistorted(rows, params)
+    digits = params.data.digits.model_copy(update={"distorted": True})
+    params = params.model_copy(update={"data": params.data.model_copy(update={"digits": digits})})
+    distorted = [digits_row(digits, params.seed, "train", place) for place in range(len(rows))]
+    assert distorted != rows
+    assert experiment.undistorted(distorted, params) == rows
+    others = params.model_copy(update={"data": params.data.model_copy(update={"source": "chat_jsonl"})})
+    with pytest.raises(ParamsError, match=r"data\.source is chat_jsonl: only the rows of digits show distorted scans"):
+        experiment.undistorted(rows, others)
+
+
 def test_gradients_of_a_small_base(prepared, monkeypatch):
     monkeypatch.setattr(gradient, "PROMPTS", 2)
     monkeypatch.setattr(gradient, "score_function", lambda name: lambda said, answer: float(len(said) % 2))
@@ -343,6 +358,6 @@ def test_every_arm_changes_something_and_keeps_the_number_of_rollouts():
     params = load_params(ROOT / "params.yaml")
     for name, arm in ARMS.items():
         changed = arm.params(params)
-        assert (changed != params) == (name not in ("default", "hard"))
+        assert (changed != params) == (name not in ("default", "hard", "undistorted"))
         if arm.objective in ("grpo", "dpo"):
             assert changed.train.prompts_per_step * changed.train.num_generations == 64
