@@ -114,8 +114,8 @@ def render(
     """Draws one canvas of ``grid`` x ``grid`` cells and a question of ``task`` about it.
 
     ``grey_share`` and ``clutter_share`` are the shares of cells that hold a grey digit or scrambled strokes,
-    ``coloured`` is the number of coloured digits (at least 2; fewer make an easier canvas). ``distorted``: every scan goes
-    through `distort`; the same generator draws the same canvas otherwise.
+    ``coloured`` is the number of coloured digits (at least 2; fewer make an easier canvas). Where ``distorted``,
+    every scan goes through `distort`; the same generator draws the same canvas otherwise.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r} is unknown to the digits source; one of {list(TASKS)}")
