@@ -33,7 +33,7 @@ TASKS = ("read", "count", "sum")
 SPLITS = {"train": slice(0, 1097), "validation": slice(1097, 1297), "test": slice(1297, 1797)}
 
 
-ROTATION, SLANT, SCALE, SHIFT = 15.0, 0.2, 0.15, 0.7  # of `distort`, at most: degrees, pixels a row, share, pixels
+ROTATION, SLANT, SCALE, SHIFT = 12.0, 0.15, 0.12, 0.6  # of `distort`, at most: degrees, pixels a row, share, pixels
 
 
 @dataclass(frozen=True)

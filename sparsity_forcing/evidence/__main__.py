@@ -1,5 +1,7 @@
 """`python -m sparsity_forcing.evidence [EXPERIMENT …]`: runs what has not run yet, then writes docs/evidence.md.
 
+README.md gets what that page says in short.
+
 Needs what the pipeline made (`make pipeline`). Every experiment is a process of its own; a training that was
 interrupted goes on from its last checkpoint. The last line printed is one JSON object with the figures that are quoted.
 """
@@ -24,7 +26,7 @@ from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.evidence import gradient, lengths, turns
 from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base
-from sparsity_forcing.evidence.summary import page_with, write_summary
+from sparsity_forcing.evidence.summary import pages_with, write_summary
 from sparsity_forcing.inputs import POLICY, TEST, require_inputs
 from sparsity_forcing.params import Params, ParamsError, load_params
 
@@ -62,7 +64,7 @@ def main(
             if name in ARMS:
                 ARMS[name].params(params)
         set_environment(params, ROOT)  # before the processes: one thread each
-        page_with({}, params, ROOT)  # what is wrong with the page is found before the hours
+        pages_with({}, params, ROOT)  # what is wrong with a page is found before the hours
         failed = [] if only_summary else run_all(names, jobs)
         summary = write_summary(params, ROOT)
     except Exception as error:

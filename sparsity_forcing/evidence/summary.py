@@ -18,6 +18,7 @@ from sparsity_forcing.evidence.tables import (
     budgets_table,
     cost_text,
     gradient_table,
+    headline_text,
     lengths_table,
     seeds_table,
     turns_table,
@@ -29,7 +30,7 @@ from sparsity_forcing.reporting.drawing import Drawing, new_figure
 from sparsity_forcing.reporting.markdown import render_block
 from sparsity_forcing.reporting.readme import with_block
 
-PAGE = Path("docs/evidence.md")
+PAGE, README = Path("docs/evidence.md"), Path("README.md")
 DRAWN = (*chain.from_iterable(SEEDS.values()), "literal", "no_efficiency", "shuffled", "sft", "dpo", "one_budget")
 
 
@@ -76,24 +77,29 @@ def evidence_section(params: Params, root: Path) -> Section:
 
 
 def write_summary(params: Params, root: Path) -> dict:
-    """Writes the tables of docs/evidence.md and the figure plots/evidence.png; returns the figures that are quoted."""
+    """Writes the tables of docs/evidence.md, the sentences of README.md and the figure plots/evidence.png; returns the
+    figures that are quoted."""
     results = read_results(params, root)
-    page = page_with(results, params, root)
+    pages = pages_with(results, params, root)
     curves(results).save_png(root / "plots")
-    write_text_atomic(root / PAGE, page)
+    for page, text in pages.items():
+        write_text_atomic(root / page, text)
     return quoted(results, str(params.sparsity.p))
 
 
-def page_with(results: dict[str, dict], params: Params, root: Path) -> str:
-    """docs/evidence.md with the tables of ``results``.
+def pages_with(results: dict[str, dict], params: Params, root: Path) -> dict[Path, str]:
+    """docs/evidence.md with the tables of ``results``, and README.md with what they say in short.
 
     Raises:
-        ReadmeError: the page has no place for one of them.
+        ReadmeError: a page has no place for one of them.
     """
-    page = (root / PAGE).read_text(encoding="utf-8")
-    for name, block in blocks_of(results, params, root).items():
-        page = with_block(page, name, render_block(block), PAGE.as_posix())
-    return page
+    short = {"evidence": headline_text(results, str(params.sparsity.p))}
+    pages = {}
+    for path, blocks in ((PAGE, blocks_of(results, params, root)), (README, short)):
+        pages[path] = (root / path).read_text(encoding="utf-8")
+        for name, block in blocks.items():
+            pages[path] = with_block(pages[path], name, render_block(block), path.as_posix())
+    return pages
 
 
 def quoted(results: dict[str, dict], p: str) -> dict[str, float | None]:

@@ -25,6 +25,15 @@ GRADIENTS = {
     "efficiency_selection": "efficiency, through the sampled selection",
     "correct_selection": "correctness, through the sampled selection",
 }
+QUOTED = {
+    "literal": "the literal objective",
+    "no_efficiency": "no efficiency reward",
+    "shuffled": "a cost dealt out at random",
+    "undistorted": "training questions about the scans as they are",
+    "attention_weights": "adapters on queries and keys alone",
+    "sft": "supervised fine-tuning",
+    "dpo": "DPO",
+}
 WAYS = {
     "dense": "all tokens",
     "dense_cache": "its own selection, from the dense visual prefix that was kept",
@@ -60,6 +69,28 @@ def arms_table(results: dict[str, dict], p: str) -> Table | Missing:
     ]
     headlines = frozenset(place for place, row in enumerate(rows) if row[0] in SEEDS["default"])
     return Table(caption, columns, rows, highlight=headlines)
+
+
+def headline_text(results: dict[str, dict], p: str) -> Text | Missing:
+    """The seeds of the default and the experiments `QUOTED` in a few sentences; what has not run is named."""
+    if "base" not in results:
+        return Missing("The experiments", NOT_RUN)
+    dense = results["base"]["test"][str(DENSE)]
+
+    def said(name: str) -> str:
+        found = results[name]["test"][p]
+        loss = fmt.points(found["accuracy"] - dense["accuracy"])
+        return f"{fmt.percent(found['visual_token_ratio'])} ({loss})"
+
+    named = {name: f"the default with seed {seed}" for seed, name in enumerate(SEEDS["default"])} | QUOTED
+    measured = [f"{what} {said(name)}" for name, what in named.items() if name in results]
+    missing = [what for name, what in named.items() if name not in results]
+    return Text(
+        f"Of {fmt.amount(dense['questions'])} held-out questions the dense base answers "
+        f"{fmt.percent(dense['accuracy'])}. Visual tokens kept at p = {p}, and the points of accuracy against it: "
+        + "; ".join(measured or ["nothing yet"])
+        + (f". Not measured: {'; '.join(missing)}." if missing else ".")
+    )
 
 
 def _at(one: dict, dense: dict) -> list[str]:

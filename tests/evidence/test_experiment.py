@@ -55,7 +55,8 @@ def prepared(workspace, monkeypatch) -> Path:
     model.save_pretrained(workspace / "models/base")
     processor.save_pretrained(workspace / "models/base")
     (workspace / "docs").mkdir()
-    shutil.copy(ROOT / "docs/evidence.md", workspace / "docs/evidence.md")
+    for page in ("docs/evidence.md", "README.md"):
+        shutil.copy(ROOT / page, workspace / page)
     return workspace
 
 
@@ -76,6 +77,7 @@ def test_from_the_base_to_the_page(prepared):
     assert quoted["literal_tau_end"] == found["test"][budget]["visual_token_ratio"]
     assert quoted["tau_end"] is None
     assert ARMS["literal"].question in (prepared / "docs/evidence.md").read_text()
+    assert "against it: the literal objective" in (prepared / "README.md").read_text()
     assert (prepared / "plots/evidence.png").stat().st_size > 1000
 
 

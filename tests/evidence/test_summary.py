@@ -17,6 +17,7 @@ from sparsity_forcing.evidence.tables import (
     budgets_table,
     cost_text,
     gradient_table,
+    headline_text,
     lengths_table,
     paired,
     seeds_table,
@@ -83,6 +84,15 @@ def test_the_table_has_every_experiment_and_says_what_has_not_run():
     assert of["shuffled"][2:] == ["not measured", *[""] * 5]
     assert [table.rows[place][0] for place in sorted(table.highlight)] == list(SEEDS["default"])
     assert isinstance(arms_table({name: found for name, found in RESULTS.items() if name != "base"}, "0.975"), Missing)
+
+
+def test_the_short_of_it_names_what_ran_and_what_did_not():
+    text = headline_text(RESULTS, "0.975").text
+    assert text.startswith("Of 10 held-out questions the dense base answers 90.0%. Visual tokens kept at p = 0.975")
+    assert ": the default with seed 0 31.0% (−10.0); the literal objective 95.0% (±0.0). Not measured: the" in text
+    assert text.endswith("; supervised fine-tuning; DPO.")
+    assert "against it: nothing yet. Not measured:" in headline_text({"base": RESULTS["base"]}, "0.975").text
+    assert isinstance(headline_text({}, "0.975"), Missing)
 
 
 def test_differences_are_paired():
