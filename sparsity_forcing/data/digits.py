@@ -6,7 +6,7 @@ A canvas is a grid of cells, one scan or one piece of clutter per cell, so that 
 question, and which ones matter depends on the question.
 
 Splits are by scan: no scan, and so no handwriting sample, is in two splits. A model soon knows the thousand training
-scans by heart; where a canvas has to say whether it reads handwriting it has not seen, its scans are distorted.
+scans by heart. Distorted ones stand in for handwriting that it has not seen, in training questions alone.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.evidence import gradient, lengths, turns
 from sparsity_forcing.evidence.arms import ARMS
-from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base
+from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base, why_not_undistorted
 from sparsity_forcing.evidence.summary import pages_with, write_summary
-from sparsity_forcing.inputs import POLICY, TEST, require_inputs
+from sparsity_forcing.inputs import POLICY, TEST, TRAIN, require_inputs
 from sparsity_forcing.params import Params, ParamsError, load_params
 
 ROOT = Path(".")
@@ -38,7 +38,12 @@ UNTRAINED = {
     "turns": turns.measure,
 }
 OF_THE_POLICY = {"lengths", "turns"}
-WHY_NOT = {"gradient": gradient.why_not, "lengths": lengths.why_not, "turns": turns.why_not}
+WHY_NOT = {
+    "gradient": gradient.why_not,
+    "lengths": lengths.why_not,
+    "turns": turns.why_not,
+    "undistorted": why_not_undistorted,
+}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -79,13 +84,14 @@ def main(
 
 
 def require_same_data(params: Params, root: Path) -> None:
-    """Raises ParamsError where the test split is not what `held_out` would go on with."""
-    if params.data.source == "digits":
-        last = read_rows(root / TEST)[-1]
-        place = params.data.digits.test_rows - 1
-        if last != digits_row(params.data.digits, params.seed, "test", place):
+    """Raises ParamsError where the splits are not what `held_out` and `undistorted` would go on with."""
+    if params.data.source != "digits":
+        return
+    for path, split in ((TRAIN, "train"), (TEST, "test")):
+        rows = read_rows(root / path)
+        if rows[-1] != digits_row(params.data.digits, params.seed, split, len(rows) - 1):
             raise ParamsError(
-                f"{TEST} was not made with these parameters of data.digits and this code; run `make pipeline` first"
+                f"{path} was not made with these parameters of data.digits and this code; run `make pipeline` first"
             )
 
 

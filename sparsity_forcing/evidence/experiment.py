@@ -53,12 +53,13 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
     if arm.rows == "hard":
         rows = wrongly_answered(model, processor, rows, own)
     if arm.rows == "undistorted":
-        rows = undistorted(rows, params)
-    tags = {"arm": arm.name, "question": arm.question} | {f"dvc.{path}.md5": dvc_md5(root / path) for path in INPUTS}
+        rows = undistorted(len(rows), params)
+    inputs = [path for path in INPUTS if not (path == TRAIN and arm.rows == "undistorted")]
+    tags = {"arm": arm.name, "question": arm.question} | {f"dvc.{path}.md5": dvc_md5(root / path) for path in inputs}
     with Tracker(own.tracking, root).run("evidence", arm.name, {"arm": arm.name, "seed": own.seed}, tags) as record:
-        from_file = [VALIDATION, TEST] if arm.rows == "undistorted" else [TRAIN, VALIDATION, TEST]
-        for split in from_file:
-            record.dataset(root / split, name=f"{own.data.source}-{split.stem}", split=split.stem)
+        for split in inputs:
+            if split != BASE:
+                record.dataset(root / split, name=f"{own.data.source}-{split.stem}", split=split.stem)
         with Progress(arm.name, own.train.steps) as progress:
             report = _report(record, progress)
             trainer = OBJECTIVES[arm.objective](
@@ -178,18 +179,25 @@ def wrongly_answered(model, processor, rows: list[Row], params: Params) -> list[
     return [row for row, right in zip(rows, answers[:, 0] > 0.5, strict=True) if not right]
 
 
-def undistorted(rows: list[Row], params: Params) -> list[Row]:
-    """The training rows of the source `digits`, their scans as they are.
+def undistorted(count: int, params: Params) -> list[Row]:
+    """The first ``count`` training rows of the source `digits`, their scans as they are.
 
     Raises:
-        ParamsError: `rows` show no distorted scans.
+        ParamsError: with these parameters no training row shows distorted scans.
     """
-    if params.data.source != "digits":
-        raise ParamsError(f"data.source is {params.data.source}: only the rows of digits show distorted scans")
-    if not params.data.digits.distorted:
-        raise ParamsError("data.digits.distorted is false: the rows show the scans as they are already")
+    if why := why_not_undistorted(params):
+        raise ParamsError(why)
     plain = params.data.digits.model_copy(update={"distorted": False})
-    return [digits_row(plain, params.seed, "train", place) for place in range(len(rows))]
+    return [digits_row(plain, params.seed, "train", place) for place in range(count)]
+
+
+def why_not_undistorted(params: Params) -> str | None:
+    """Why there are no such rows with these parameters; None where there are."""
+    if params.data.source != "digits":
+        return f"data.source is {params.data.source}: only the rows of digits show distorted scans"
+    return (
+        None if params.data.digits.distorted else "data.digits.distorted is false: the rows show the scans as they are"
+    )
 
 
 def curve(history: list[dict]) -> list[dict]:
