@@ -87,7 +87,7 @@ def require_same_data(params: Params, root: Path) -> None:
     """Raises ParamsError where the splits are not what `held_out` and `undistorted` would go on with."""
     if params.data.source != "digits":
         return
-    for path, split in ((TRAIN, "train"), (TEST, "test")):
+    for path, split in ((TEST, "test"), (TRAIN, "train")):
         rows = read_rows(root / path)
         if rows[-1] != digits_row(params.data.digits, params.seed, split, len(rows) - 1):
             raise ParamsError(
