@@ -11,7 +11,7 @@ import typer
 
 from sparsity_forcing.lineage import OUTPUT_PATHS
 
-NOT_COPIED = ("tests", "docker", *OUTPUT_PATHS)
+NOT_COPIED = ("tests", "docker", *(path for path in OUTPUT_PATHS if path != "README.md"))
 
 
 def copy_workspace(source: Path, target: Path, preset: str) -> None:

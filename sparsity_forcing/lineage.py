@@ -49,7 +49,7 @@ def read_lineage(root: Path, stage: str) -> Lineage:
 
 
 def git_state(root: Path) -> GitState:
-    """What the pipeline writes itself (metrics, plots, reports, dvc.lock) does not make the state dirty."""
+    """What the commands of this project write (`OUTPUT_PATHS`) does not make the state dirty."""
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if commit is None:
         return GitState("none", dirty=True)

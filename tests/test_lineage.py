@@ -50,6 +50,7 @@ def test_code_makes_a_repository_dirty_and_the_pipelines_own_outputs_do_not(repo
 
     (repository / "metrics" / "train.json").write_text('{"loss": 1}')
     (repository / "dvc.lock").write_text("schema: '2.0'\n")
+    (repository / "README.md").write_text("1 of 2\n")
     assert git_state(repository) == GitState(head, dirty=False)
 
     (repository / "code.py").write_text("a = 2\n")

@@ -51,7 +51,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     experiments: Annotated[list[str] | None, typer.Argument(help="Names; all where none is given.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Experiments at a time, one CPU thread each.")] = 2,
-    only_summary: Annotated[bool, typer.Option(help="Run nothing; write the page from what has run.")] = False,
+    only_summary: Annotated[bool, typer.Option(help="Run nothing; write the pages from what has run.")] = False,
 ) -> None:
     """Runs experiments and writes their summary."""
     signal.signal(signal.SIGTERM, _stop)

@@ -93,7 +93,8 @@ def pages_with(results: dict[str, dict], params: Params, root: Path) -> dict[Pat
     Raises:
         ReadmeError: a page has no place for one of them.
     """
-    short = {"evidence": headline_text(results, str(params.sparsity.p))}
+    asked_twice = current("turns", partial(turns.made_by_turns, params, root), root)
+    short = {"evidence": headline_text(results, asked_twice, str(params.sparsity.p))}
     pages = {}
     for path, blocks in ((PAGE, blocks_of(results, params, root)), (README, short)):
         pages[path] = (root / path).read_text(encoding="utf-8")

@@ -26,6 +26,9 @@ GRADIENTS = {
     "correct_selection": "correctness, through the sampled selection",
 }
 QUOTED = {
+    "default": "the default",
+    "default_seed_1": "with a second seed",
+    "default_seed_2": "with a third",
     "literal": "the literal objective",
     "no_efficiency": "no efficiency reward",
     "shuffled": "a cost dealt out at random",
@@ -71,26 +74,40 @@ def arms_table(results: dict[str, dict], p: str) -> Table | Missing:
     return Table(caption, columns, rows, highlight=headlines)
 
 
-def headline_text(results: dict[str, dict], p: str) -> Text | Missing:
-    """The seeds of the default and the experiments `QUOTED` in a few sentences; what has not run is named."""
+def headline_text(results: dict[str, dict], turns: dict | None, p: str) -> Text | Missing:
+    """Base, seeds of the default, the experiments `QUOTED` and the second question in a few sentences; what has not run
+    is named."""
     if "base" not in results:
         return Missing("The experiments", NOT_RUN)
-    dense = results["base"]["test"][str(DENSE)]
+    base = results["base"]["test"]
+    dense, sparse = base[str(DENSE)], base[p]
 
     def said(name: str) -> str:
         found = results[name]["test"][p]
+        guard = "" if results[name]["within_guard"] else ", no step within the guard"
         loss = fmt.points(found["accuracy"] - dense["accuracy"])
-        return f"{fmt.percent(found['visual_token_ratio'])} ({loss})"
+        return f"{QUOTED[name]} {fmt.percent(found['visual_token_ratio'])} ({loss}{guard})"
 
-    named = {name: f"the default with seed {seed}" for seed, name in enumerate(SEEDS["default"])} | QUOTED
-    measured = [f"{what} {said(name)}" for name, what in named.items() if name in results]
-    missing = [what for name, what in named.items() if name not in results]
-    return Text(
+    second = "a second question on the same image"
+    missing = [what for name, what in QUOTED.items() if name not in results] + ([second] if turns is None else [])
+    sentences = [
         f"Of {fmt.amount(dense['questions'])} held-out questions the dense base answers "
-        f"{fmt.percent(dense['accuracy'])}. Visual tokens kept at p = {p}, and the points of accuracy against it: "
-        + "; ".join(measured or ["nothing yet"])
-        + (f". Not measured: {'; '.join(missing)}." if missing else ".")
-    )
+        f"{fmt.percent(dense['accuracy'])}; at p = {p} it keeps {fmt.percent(sparse['visual_token_ratio'])} of the "
+        f"visual tokens and answers {fmt.percent(sparse['accuracy'])}.",
+        "Visual tokens kept after training, and points of accuracy against the dense base: "
+        + ("; ".join(said(name) for name in QUOTED if name in results) or "nothing yet")
+        + ".",
+    ]
+    if turns is not None:
+        ways = turns["checkpoints"]["policy"]
+        lost = {way: fmt.points(paired(ways[way]["scores"], ways["dense"]["scores"]).difference) for way in ways}
+        sentences.append(
+            f"{second.capitalize()}, points against all tokens: {lost['pruned_cache']} over {WAYS['pruned_cache']}, "
+            f"{lost['dense_cache']} over {WAYS['dense_cache']}."
+        )
+    if missing:
+        sentences.append(f"Not measured: {'; '.join(missing)}.")
+    return Text(" ".join(sentences))
 
 
 def _at(one: dict, dense: dict) -> list[str]:

@@ -77,7 +77,7 @@ def test_from_the_base_to_the_page(prepared):
     assert quoted["literal_tau_end"] == found["test"][budget]["visual_token_ratio"]
     assert quoted["tau_end"] is None
     assert ARMS["literal"].question in (prepared / "docs/evidence.md").read_text()
-    assert "against it: the literal objective" in (prepared / "README.md").read_text()
+    assert "against the dense base: the literal objective" in (prepared / "README.md").read_text()
     assert (prepared / "plots/evidence.png").stat().st_size > 1000
 
 
@@ -130,19 +130,26 @@ def test_hard_questions_are_those_the_base_gets_wrong(prepared, monkeypatch):
     assert [row.id for row in seen["rows"]] == [row.id for row in rows[::2]]
 
 
-def test_undistorted_questions_show_the_scans_as_they_are(prepared):
-    params = load_params(prepared / "params.yaml")
-    rows = read_rows(prepared / "data/prepared/train.parquet")
+def test_undistorted_questions_show_the_scans_as_they_are(prepared, monkeypatch):
+    path = prepared / "data/prepared/train.parquet"
+    plain, params = read_rows(path), load_params(prepared / "params.yaml")
+    arm = Arm("undistorted", "", rows="undistorted")
     with pytest.raises(ParamsError, match=r"data\.digits\.distorted is false: the rows show the scans as they are"):
-        experiment.undistorted(rows, params)
+        run_arm(arm, params, prepared)
     digits = params.data.digits.model_copy(update={"distorted": True})
+    write_rows([digits_row(digits, params.seed, "train", place) for place in range(len(plain))], path)
+    seen = {}
+    trainer = lambda model, processor, rows, *rest: seen.update(rows=rows) or 1 / 0  # noqa: E731
+    monkeypatch.setitem(OBJECTIVES, "grpo", trainer)
     params = params.model_copy(update={"data": params.data.model_copy(update={"digits": digits})})
-    distorted = [digits_row(digits, params.seed, "train", place) for place in range(len(rows))]
-    assert distorted != rows
-    assert experiment.undistorted(distorted, params) == rows
+    for one, rows in ((arm, plain), (ARMS["default"], read_rows(path))):
+        with pytest.raises(ZeroDivisionError):
+            run_arm(one, params, prepared)
+        assert seen.pop("rows") == rows
+    assert rows != plain
     others = params.model_copy(update={"data": params.data.model_copy(update={"source": "chat_jsonl"})})
     with pytest.raises(ParamsError, match=r"data\.source is chat_jsonl: only the rows of digits show distorted scans"):
-        experiment.undistorted(rows, others)
+        run_arm(arm, others, prepared)
 
 
 def test_gradients_of_a_small_base(prepared, monkeypatch):
@@ -273,7 +280,7 @@ def test_what_these_parameters_do_not_allow_is_left_out(prepared, monkeypatch):
     values["sparsity"]["prefill"] = "dense"
     (prepared / "params.yaml").write_text(yaml.safe_dump(values))
     monkeypatch.setattr(command, "ROOT", prepared)
-    monkeypatch.setattr(command, "ARMS", {"default": ARMS["default"]})
+    monkeypatch.setattr(command, "ARMS", {name: ARMS[name] for name in ("default", "undistorted")})
     asked = []
     monkeypatch.setattr(command, "run_all", lambda names, jobs: asked.extend(names) or [])
     shutil.copytree(prepared / "models/base", prepared / "models/policy")
@@ -333,6 +340,10 @@ def test_what_ran_is_told_and_what_failed_is_named(prepared, monkeypatch):
     (prepared / "params.yaml").write_text(yaml.safe_dump(values | {"seed": 1}))
     done = CliRunner().invoke(command.app, ["literal"])
     assert "data/prepared/test.parquet was not made with these parameters of data.digits" in done.stderr
+    values["data"]["digits"]["distorted"] = True
+    (prepared / "params.yaml").write_text(yaml.safe_dump(values))
+    done = CliRunner().invoke(command.app, ["literal"])
+    assert "data/prepared/train.parquet was not made with these parameters of data.digits" in done.stderr
     done = CliRunner().invoke(command.app, ["literal", "nonsense"])
     assert done.exit_code == 2
     assert "there is no experiment nonsense" in done.stderr

@@ -87,12 +87,19 @@ def test_the_table_has_every_experiment_and_says_what_has_not_run():
 
 
 def test_the_short_of_it_names_what_ran_and_what_did_not():
-    text = headline_text(RESULTS, "0.975").text
-    assert text.startswith("Of 10 held-out questions the dense base answers 90.0%. Visual tokens kept at p = 0.975")
-    assert ": the default with seed 0 31.0% (−10.0); the literal objective 95.0% (±0.0). Not measured: the" in text
+    text = headline_text(RESULTS, None, "0.975").text
+    assert text.startswith(
+        "Of 10 held-out questions the dense base answers 90.0%; at p = 0.975 it keeps 96.0% of the visual tokens and "
+        "answers 90.0%. Visual tokens kept after training, and points of accuracy against the dense base: the default "
+        "31.0% (−10.0); the literal objective 95.0% (±0.0, no step within the guard). Not measured: with a second seed;"
+    )
+    assert text.endswith("; supervised fine-tuning; DPO; a second question on the same image.")
+    ways = {"dense": {"scores": "1111"}, "dense_cache": {"scores": "1110"}, "pruned_cache": {"scores": "1000"}}
+    text = headline_text({"base": RESULTS["base"]}, {"checkpoints": {"policy": ways}}, "0.975").text
+    assert "against the dense base: nothing yet. A second question on the same image, points against all" in text
+    assert "tokens: −75.0 over what the first question kept, −25.0 over its own selection, from the" in text
     assert text.endswith("; supervised fine-tuning; DPO.")
-    assert "against it: nothing yet. Not measured:" in headline_text({"base": RESULTS["base"]}, "0.975").text
-    assert isinstance(headline_text({}, "0.975"), Missing)
+    assert isinstance(headline_text({}, None, "0.975"), Missing)
 
 
 def test_differences_are_paired():
