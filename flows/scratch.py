@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from sparsity_forcing.lineage import OUTPUT_PATHS
+from sparsity_forcing.lineage import RESULT_PATHS
 
-NOT_COPIED = ("tests", "docker", *(path for path in OUTPUT_PATHS if path != "README.md"))
+NOT_COPIED = ("tests", "docker", *RESULT_PATHS)
 
 
 def copy_workspace(source: Path, target: Path, preset: str) -> None:

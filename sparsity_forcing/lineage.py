@@ -16,8 +16,9 @@ from pathlib import Path
 
 import yaml
 
-# What the commands of this project write into git themselves.
-OUTPUT_PATHS = ("dvc.lock", "metrics", "plots", "reports", "docs/evidence.md", "README.md")
+# What the commands of this project write into git themselves: results, and pages that quote them.
+RESULT_PATHS = ("dvc.lock", "metrics", "plots", "reports")
+OUTPUT_PATHS = (*RESULT_PATHS, "docs/evidence.md", "README.md")
 PACKAGES = (
     *("sparsity-forcing", "torch", "transformers", "accelerate", "numpy", "pandas", "pyarrow", "scikit-learn", "scipy"),
     *("lmms_eval", "mlflow", "prefect", "dvc", "triton", "peft", "trl", "math-verify"),
