@@ -257,11 +257,16 @@ class SelectionPolicyParams(_Section):
     ``credit``: what judges a layer's selection. ``joint``: the rollout's reward, as its tokens are. ``layer``: the
     same reward with the layer's own ratio in the place of the mean over layers, so that a layer is not paid for what
     the others drew.
+
+    ``scale``: how a selection's advantage is scaled. ``parts``: correctness and efficiency each for itself, and the
+    efficiency of a layer that keeps little counts little (`rl.rewards.advantages_by_part`). ``reward``: their sum, as
+    the advantage of the tokens is.
     """
 
     sigma: NonNegativeFloat = 0.5
     weight: NonNegativeFloat = 0.01
     credit: Literal["layer", "joint"] = "layer"
+    scale: Literal["parts", "reward"] = "parts"
 
 
 class LoraParams(_Section):

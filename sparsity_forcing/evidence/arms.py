@@ -85,6 +85,11 @@ ARMS = {
         ),
         Arm("undistorted", "trained on the scans that the base knows by heart", rows="undistorted"),
         Arm("layers_joint", "a layer's selection paid the joint reward", {"selection_policy": {"credit": "joint"}}),
+        Arm(
+            "scale_together",
+            "a selection's correctness and efficiency scaled together, as the tokens' are",
+            {"selection_policy": {"scale": "reward"}},
+        ),
         Arm("raw_advantages", "without centring by budget", {"center_by_budget": False}),
         Arm("one_budget", "one budget instead of eight", {"budgets": [0.975]}),
         Arm("hard", "trained on questions the base gets wrong, C on", rows="hard"),
@@ -93,8 +98,8 @@ ARMS = {
         Arm("scale_none", "advantages not scaled", {"scale_rewards": "none"}),
         Arm("sigma_0.25", "less noise in the selection", {"selection_policy": {"sigma": 0.25}}),
         Arm("sigma_1", "more noise in the selection", {"selection_policy": {"sigma": 1.0}}),
-        Arm("weight_0.0025", "half the weight of the selection term", {"selection_policy": {"weight": 0.0025}}),
-        Arm("weight_0.01", "twice the weight of the selection term", {"selection_policy": {"weight": 0.01}}),
+        Arm("weight_0.00625", "half the weight of the selection term", {"selection_policy": {"weight": 0.00625}}),
+        Arm("weight_0.025", "twice the weight of the selection term", {"selection_policy": {"weight": 0.025}}),
         Arm(
             "group_2",
             "groups of 2, as many rollouts",

@@ -72,3 +72,30 @@ def group_advantages(rewards: Tensor, scale: str = "group", budgets: Tensor | No
             rows = budgets == budget
             advantages = torch.where(rows, advantages - advantages[rows].mean(), advantages)
     return advantages
+
+
+def advantages_by_part(
+    correct: Tensor,
+    cost: Tensor,
+    weight_efficiency: float = 1.0,
+    gated: bool = True,
+    scale: str = "group",
+    budgets: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages of correctness and of efficiency, each scaled for itself; their sum is the advantage of a selection.
+
+    Divided together, as the joint reward is, a wrong answer in a group leaves little of the efficiency: costs of a
+    layer differ by a hundredth within a budget, correctness by 1. So the parts are divided apart (reward-decoupled
+    normalisation, GDPO, arXiv 2601.05242). Correctness as in `group_advantages`. Efficiency, less what the questions
+    and the budgets decide of it, by its deviation over the batch, and then times the mean cost: a layer that costs
+    little has little left to gain.
+
+    Args: as of `joint_rewards` and `group_advantages`.
+
+    Returns:
+        Two (queries, group) float32.
+    """
+    rewards = joint_rewards(correct, cost, 1.0, gated)
+    efficiency = group_advantages(rewards.efficiency, "none", budgets)
+    efficiency = efficiency / (efficiency.std() + STD_EPSILON)
+    return group_advantages(rewards.correct, scale, budgets), weight_efficiency * cost.mean() * efficiency

@@ -300,8 +300,11 @@ def test_the_parts_of_an_advantage_add_up_to_it():
     ones = torch.ones(16)
     facts = Facts(scores, p, ratios.mean(0), ratios.mean(0), ones, ones, ones, ratios, ratios, torch.tensor(0.0))
     parts = gradient._advantages(scores, rollouts, params.train)
-    found = parts["correct_selection"][1] + parts["efficiency_selection"][1]
-    torch.testing.assert_close(found, credit(facts, params.train).selection_advantages, atol=1e-5, rtol=1e-5)
+    for name, scale in (("selection", "parts"), ("together", "reward")):
+        policy = params.train.selection_policy.model_copy(update={"scale": scale})
+        whole = credit(facts, params.train.model_copy(update={"selection_policy": policy})).selection_advantages
+        found = parts[f"correct_{name}"][1] + parts[f"efficiency_{name}"][1]
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
     literal = ARMS["literal"].params(params).train
     parts = gradient._advantages(scores, rollouts, literal)
     found = parts["correct_tokens"][0] + parts["efficiency_tokens"][0]
