@@ -104,8 +104,12 @@ def test_a_result_is_current_until_something_that_decides_it_changes(prepared):
     params = load_params(prepared / "params.yaml")
     run_base(params, prepared)
     assert read_results(params, prepared).keys() == {"base"}
-    deeper = params.sparsity.model_copy(update={"scoring_rows": "all"})
-    assert read_results(params.model_copy(update={"sparsity": deeper}), prepared) == {}
+    changed = lambda section, **keys: params.model_copy(  # noqa: E731
+        update={section: getattr(params, section).model_copy(update=keys)}
+    )
+    assert read_results(changed("train", learning_rate=1.0, steps=99), prepared).keys() == {"base"}
+    assert read_results(changed("train", max_completion_length=3), prepared) == {}
+    assert read_results(changed("sparsity", scoring_rows="all"), prepared) == {}
     write_rows(
         [digits_row(DigitsParams(grids=(4,)), 1, "test", place) for place in range(6)],
         prepared / "data/prepared/test.parquet",
