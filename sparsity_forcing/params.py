@@ -254,13 +254,12 @@ class RewardParams(_Section):
 class SelectionPolicyParams(_Section):
     """The stochastic selection term, an addition to the paper; ``sigma`` 0 leaves it out.
 
-    ``credit``: what judges a layer's selection. ``joint``: the rollout's reward, as its tokens are. ``layer``: the
-    same reward with the layer's own ratio in the place of the mean over layers, so that a layer is not paid for what
-    the others drew.
+    ``credit``: whose ratio judges a layer's selection. ``joint``: the rollout's, the mean over layers. ``layer``: the
+    layer's own, so that a layer is not paid for what the others drew.
 
-    ``scale``: how a selection's advantage is scaled. ``parts``: correctness and efficiency each for itself, and the
-    efficiency of a layer that keeps little counts little (`rl.rewards.advantages_by_part`). ``reward``: their sum, as
-    the advantage of the tokens is.
+    ``scale``: how a selection's advantage is scaled. ``parts``: correctness by ``train.scale_rewards``, efficiency for
+    itself over the batch (`rl.rewards.advantages_by_part`). ``reward``: their sum by ``train.scale_rewards``, as the
+    advantage of the tokens is.
     """
 
     sigma: NonNegativeFloat = 0.5

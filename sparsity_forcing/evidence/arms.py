@@ -84,7 +84,11 @@ ARMS = {
             {"lora": {"targets": ["q_proj", "k_proj"]}},
         ),
         Arm("undistorted", "trained on the scans that the base knows by heart", rows="undistorted"),
-        Arm("layers_joint", "a layer's selection paid the joint reward", {"selection_policy": {"credit": "joint"}}),
+        Arm(
+            "layers_joint",
+            "a layer's selection judged by the mean ratio of all layers",
+            {"selection_policy": {"credit": "joint"}},
+        ),
         Arm(
             "scale_together",
             "a selection's correctness and efficiency scaled together, as the tokens' are",
@@ -94,8 +98,12 @@ ARMS = {
         Arm("one_budget", "one budget instead of eight", {"budgets": [0.975]}),
         Arm("hard", "trained on questions the base gets wrong, C on", rows="hard"),
         Arm("hard_no_gate", "the same questions, C off", {"reward": {"gate": "always"}}, rows="hard"),
-        Arm("scale_batch", "advantages scaled by the batch's deviation", {"scale_rewards": "batch"}),
-        Arm("scale_none", "advantages not scaled", {"scale_rewards": "none"}),
+        Arm(
+            "scale_batch",
+            "advantages scaled by the batch's deviation, as a selection's efficiency always is",
+            {"scale_rewards": "batch"},
+        ),
+        Arm("scale_none", "advantages not scaled, but for a selection's efficiency", {"scale_rewards": "none"}),
         Arm("sigma_0.25", "less noise in the selection", {"selection_policy": {"sigma": 0.25}}),
         Arm("sigma_1", "more noise in the selection", {"selection_policy": {"sigma": 1.0}}),
         Arm("weight_0.005", "half the weight of the selection term", {"selection_policy": {"weight": 0.005}}),

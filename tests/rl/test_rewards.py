@@ -110,6 +110,23 @@ def test_what_a_wrong_answer_leaves_of_the_efficiency():
     assert float(of_right.std()) == pytest.approx(float(cost.mean()), rel=0.1)
 
 
+def test_a_group_that_c_leaves_out_earns_nothing_and_scales_nobody():
+    generator = torch.Generator().manual_seed(2)
+    cost = torch.rand(4, 8, generator=generator)
+    cost[0] = cost.mean() + cost[0] - cost[0].mean()  # so that the mean cost is that of the others
+    cost[1:] += cost[0].mean() - cost[1:].mean()
+    cost = cost / cost.max()
+    correct, budgets = torch.ones(4, 8), torch.linspace(0.94, 0.975, 8).expand(4, 8)
+    correct[0] = 0
+    _, efficiency = advantages_by_part(correct, cost, budgets=budgets)
+    _, alone = advantages_by_part(correct[1:], cost[1:], budgets=budgets[1:])
+    assert not efficiency[0].any()
+    torch.testing.assert_close(efficiency[1:], alone)
+    _, paid = advantages_by_part(correct, cost, gated=False, budgets=budgets)
+    assert paid[0].any()
+    assert not advantages_by_part(torch.zeros(2, 8), cost[:2], budgets=budgets[:2])[1].any()
+
+
 @given(st.floats(0.5, 2))
 def test_the_parts_of_an_advantage_do_not_depend_on_how_far_the_costs_are_apart(factor):
     generator = torch.Generator().manual_seed(1)
