@@ -106,8 +106,8 @@ ARMS = {
         Arm("scale_none", "advantages not scaled, but for a selection's efficiency", {"scale_rewards": "none"}),
         Arm("sigma_0.25", "less noise in the selection", {"selection_policy": {"sigma": 0.25}}),
         Arm("sigma_1", "more noise in the selection", {"selection_policy": {"sigma": 1.0}}),
-        Arm("weight_0.005", "half the weight of the selection term", {"selection_policy": {"weight": 0.005}}),
-        Arm("weight_0.02", "twice the weight of the selection term", {"selection_policy": {"weight": 0.02}}),
+        Arm("weight_0.0075", "half the weight of the selection term", {"selection_policy": {"weight": 0.0075}}),
+        Arm("weight_0.03", "twice the weight of the selection term", {"selection_policy": {"weight": 0.03}}),
         Arm(
             "group_2",
             "groups of 2, as many rollouts",
