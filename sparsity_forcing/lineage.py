@@ -105,17 +105,13 @@ def code_digest(paths: Sequence[Path | str]) -> str:
     Raises:
         FileNotFoundError: one of them is not there.
     """
-    digests = sorted(_digest_below(Path(__file__).parent / path) for path in paths)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _digest_below(path: Path) -> str:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is named as code that decides a result, but is not there")
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-        digest.update(f"{file.relative_to(path.parent).as_posix()}\0".encode())
-        digest.update(file_digest(file, "sha256").encode())
+    for path in sorted(Path(__file__).parent / path for path in paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is named as code that decides a result, but is not there")
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(f"{file.relative_to(path.parent).as_posix()}\0".encode())
+            digest.update(file_digest(file, "sha256").encode())
     return digest.hexdigest()
 
 

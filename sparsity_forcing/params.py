@@ -254,18 +254,14 @@ class RewardParams(_Section):
 class SelectionPolicyParams(_Section):
     """The stochastic selection term, an addition to the paper; ``sigma`` 0 leaves it out.
 
-    ``credit``: whose ratio judges a layer's selection. ``joint``: the rollout's, the mean over layers. ``layer``: the
-    layer's own, so that a layer is not paid for what the others drew.
-
-    ``scale``: how a selection's advantage is scaled. ``parts``: correctness by ``train.scale_rewards``, efficiency for
-    itself over the batch (`rl.rewards.advantages_by_part`). ``reward``: their sum by ``train.scale_rewards``, as the
-    advantage of the tokens is.
+    ``credit``: what judges a layer's selection. ``joint``: the rollout's reward, as its tokens are. ``layer``: the
+    same reward with the layer's own ratio in the place of the mean over layers, so that a layer is not paid for what
+    the others drew.
     """
 
     sigma: NonNegativeFloat = 0.5
     weight: NonNegativeFloat = 0.01
     credit: Literal["layer", "joint"] = "layer"
-    scale: Literal["parts", "reward"] = "parts"
 
 
 class LoraParams(_Section):

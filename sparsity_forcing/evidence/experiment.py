@@ -17,7 +17,7 @@ from sparsity_forcing.files import write_json_atomic
 from sparsity_forcing.inputs import BASE, POLICY, TEST, TRAIN, VALIDATION, require_inputs
 from sparsity_forcing.lineage import code_digest, dvc_md5, file_digest, git_state, hardware
 from sparsity_forcing.models.load import load
-from sparsity_forcing.params import Params, ParamsError, RewardParams, TrainParams
+from sparsity_forcing.params import Params, ParamsError
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.rl.identity import identity
 from sparsity_forcing.rl.sampler import Sampler
@@ -103,20 +103,15 @@ def run_base(params: Params, root: Path) -> dict:
 def made_by_arm(arm: Arm, params: Params, root: Path) -> str:
     """Names all that decides an arm's result: code, versions, parameters, base and data."""
     objective = [arm.objective, code_digest(["evidence/alternatives.py"])] if arm.objective != "grpo" else []
-    own = arm.params(params)
-    training = [identity(own, root, 1), arm.rows, arm.at_any_budget, *objective]
-    return fingerprint([made_by_base(own, root), *training])
+    return fingerprint([made_by_base(arm.params(params), root), arm.rows, arm.at_any_budget, *objective])
 
 
 def made_by_base(params: Params, root: Path) -> str:
-    """The same for what is not trained: of the training's parameters those by which answers are given and judged."""
-    answering = params.train.model_dump(include={"max_completion_length", "freeze_vision"})
-    reward = RewardParams(correct=params.train.reward.correct)
-    untrained = params.model_copy(update={"train": TrainParams(**answering, reward=reward)})
+    """The same for what is not trained."""
     judging = [params.evaluate.budgets, ANY_BUDGET, params.model.device]
     questions = [params.data.source, params.data.digits.model_dump(), file_digest(root / TEST, "sha256")]
     code = code_digest(["evidence/experiment.py", "data/digits.py", "data/digits_source.py"])
-    return fingerprint([identity(untrained, root, 1), judging, questions, code])
+    return fingerprint([identity(params, root, 1), judging, questions, code])
 
 
 def made_by_policy(params: Params, root: Path) -> str:

@@ -29,7 +29,7 @@ from sparsity_forcing.progress import Progress
 from sparsity_forcing.rl.identity import identity
 from sparsity_forcing.rl.loss import LossInputs, grpo_loss
 from sparsity_forcing.rl.replay import Replay
-from sparsity_forcing.rl.rewards import STD_EPSILON, advantages_by_part, group_advantages, joint_rewards
+from sparsity_forcing.rl.rewards import STD_EPSILON, group_advantages, joint_rewards
 from sparsity_forcing.rl.rollout import Rollouts
 from sparsity_forcing.rl.sampler import Sampler
 from sparsity_forcing.scoring import score_function
@@ -79,9 +79,8 @@ def measure(params: Params, root: Path, draws: int = 40) -> dict:
       dividing by the sampled answer's length (loss_type grpo, dapo) does.
     - ``correct_tokens``, ``efficiency_tokens``: the literal objective's advantage, (r - mean) / std with r taken apart,
       through the token log-probabilities. C and the std depend on the answers too.
-    - ``correct_selection``, ``efficiency_selection``: what params.yaml makes of them, every layer with its own credit,
-      through the density of the sampled selection, for a weight of 1.
-    - ``correct_together``, ``efficiency_together``: the same with selection_policy.scale reward.
+    - ``correct_selection``, ``efficiency_selection``: the same of params.yaml, every layer with its own credit, through
+      the density of the sampled selection, for a weight of 1.
 
     Raises:
         InputError: the pipeline has not made the base and the data yet.
@@ -168,21 +167,12 @@ def _advantages(scores: Tensor, rollouts: Rollouts, config: TrainParams) -> dict
         for part in (rewards.correct, rewards.efficiency):
             yield group_advantages(part / deviation, "none", budgets).flatten()
 
-    def of_selection(of_layer: Tensor) -> Iterator[Tensor]:
-        if config.selection_policy.scale == "reward":
-            return apart(of_layer)
-        reward, gated = config.reward, config.reward.gate == "anyone_right"
-        cost = of_layer.view(shape)
-        parts = advantages_by_part(correct, cost, reward.weight_efficiency, gated, config.scale_rewards, budgets)
-        return (part.flatten() for part in parts)
-
     if config.selection_policy.sigma:
-        found = {}
-        for name, parts_of in (("selection", of_selection), ("together", apart)):
-            by_part = zip(*(parts_of(of_layer) for of_layer in layers), strict=True)
-            for part, advantages in zip(("correct", "efficiency"), by_part, strict=True):
-                found[f"{part}_{name}"] = (no_tokens, torch.stack(advantages))
-        return found
+        by_layer = [tuple(apart(of_layer)) for of_layer in layers]
+        return {
+            "correct_selection": (no_tokens, torch.stack([part for part, _ in by_layer])),
+            "efficiency_selection": (no_tokens, torch.stack([part for _, part in by_layer])),
+        }
     of_correct, of_efficiency = apart(rollouts.token_ratio.cpu())
     plain = group_advantages(1 - ratio, "none").flatten()
     return {

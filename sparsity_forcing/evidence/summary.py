@@ -46,8 +46,7 @@ def read_results(params: Params, root: Path) -> dict[str, dict]:
 def blocks_of(results: dict[str, dict], params: Params, root: Path) -> dict[str, Block]:
     """What is said of the experiments, by the name of its place in docs/evidence.md, in the order of the report.
 
-    What has not run, or not with these parameters, this code, base and data, is called not measured; ``lengths`` and
-    ``turns`` belong to the weights of the policy that is there, however it was trained.
+    What has not run, or not with these parameters, this code, base and data, is called not measured.
     """
     p = str(params.sparsity.p)
     read = lambda name, made_by: current(name, partial(made_by, params, root), root)  # noqa: E731

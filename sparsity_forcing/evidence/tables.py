@@ -24,8 +24,6 @@ GRADIENTS = {
     "correct_tokens": "correctness as the literal objective has it, through the same",
     "efficiency_selection": "efficiency, through the sampled selection",
     "correct_selection": "correctness, through the sampled selection",
-    "efficiency_together": "efficiency, through the sampled selection, scaled together with correctness",
-    "correct_together": "correctness, through the sampled selection, scaled together with efficiency",
 }
 QUOTED = {
     "default": "the default",
@@ -172,10 +170,10 @@ def gradient_table(found: dict | None, why_not: str | None = None) -> Table | Mi
         part = found["parts"][name]
         ratio = "–" if part["z"] is None else f"{part['z']:.1f}"
         against = f"{part['signal'] / part['noise']:.3f}" if part["noise"] else "–"
-        rows.append([text, f"{part['signal']:.2e}", f"{part['error']:.1e}", ratio, f"{part['noise']:.2e}", against])
+        rows.append([text, f"{part['signal']:.2e}", f"{part['error']:.1e}", ratio, against])
     columns = [
         *(Column("Part of the gradient", numeric=False), Column("Signal"), Column("Its error")),
-        *(Column("Signal / error"), Column("Noise"), Column("Signal / noise")),
+        *(Column("Signal / error"), Column("Signal / noise")),
     ]
     caption = f"{found['draws']} draws of the rollouts of {found['prompts']} prompts at the base's weights"
     return Table(caption, columns, rows)

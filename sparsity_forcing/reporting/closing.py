@@ -81,9 +81,9 @@ def limits_section(params: Params) -> Section:
     if params.train.selection_policy.sigma > 0:
         notes.append(
             "Rollouts choose tokens at random around the rule (Gaussian noise on the log attention mass, "
-            f"σ = {params.train.selection_policy.sigma:g}), which gives the efficiency reward a gradient. That is an "
-            "addition of this project to the paper's objective; README.md names the others. At deployment the noise is "
-            "off and the rule is plain top-p; scoring rows and prefill are those of the table above."
+            f"σ = {params.train.selection_policy.sigma:g}), which gives the efficiency reward a gradient. That is this "
+            "project's addition to the paper's objective. At deployment the noise is off and the rule is plain top-p; "
+            "scoring rows and prefill are those of the table above."
         )
     if params.sparsity.protect_text:
         notes.append("Text is never dropped, so τ over all tokens cannot fall below the text's share of a prompt.")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsity_forcing.params import TrainParams
 from sparsity_forcing.rl.cost import TOKEN_RATIO, CostModel
-from sparsity_forcing.rl.rewards import Rewards, advantages_by_part, group_advantages, joint_rewards
+from sparsity_forcing.rl.rewards import Rewards, group_advantages, joint_rewards
 from sparsity_forcing.rl.rollout import Rollouts
 
 
@@ -74,29 +74,20 @@ def credit(facts: Facts, config: TrainParams, costs: CostModel = TOKEN_RATIO, se
     score = facts.correct.unflatten(0, (-1, group))
     budgets = facts.p.unflatten(0, (-1, group)) if config.center_by_budget else None
 
-    gated = reward.gate == "anyone_right"
+    def judged(token_ratio: Tensor) -> tuple[Rewards, Tensor]:
+        cost = costs.relative(token_ratio, facts.prompt, facts.length)[order.to(token_ratio.device)]
+        gated = reward.gate == "anyone_right"
+        rewards = joint_rewards(score, cost.unflatten(0, (-1, group)), reward.weight_efficiency, gated)
+        return rewards, group_advantages(rewards.total, config.scale_rewards, budgets)
 
-    def cost_of(token_ratio: Tensor) -> Tensor:
-        costs_of_all = costs.relative(token_ratio, facts.prompt, facts.length)
-        return costs_of_all[order.to(token_ratio.device)].unflatten(0, (-1, group))
-
-    def of_selection(token_ratio: Tensor) -> Tensor:
-        cost = cost_of(token_ratio)
-        if config.selection_policy.scale == "parts":
-            parts = advantages_by_part(score, cost, reward.weight_efficiency, gated, config.scale_rewards, budgets)
-            return sum(parts).flatten()
-        rewards = joint_rewards(score, cost, reward.weight_efficiency, gated)
-        return group_advantages(rewards.total, config.scale_rewards, budgets).flatten()
-
-    rewards = joint_rewards(score, cost_of(facts.token_ratio), reward.weight_efficiency, gated)
-    advantages = group_advantages(rewards.total, config.scale_rewards, budgets)
+    rewards, advantages = judged(facts.token_ratio)
     layers = facts.layer_ratio
     if not config.selection_policy.sigma:
         selection = layers.new_zeros(0, layers.shape[1])
     elif config.selection_policy.credit == "layer":
-        selection = torch.stack([of_selection(ratio) for ratio in layers])
+        selection = torch.stack([judged(ratio)[1].flatten() for ratio in layers])
     else:
-        selection = of_selection(facts.token_ratio).expand(len(layers), -1)
+        selection = advantages.flatten().expand(len(layers), -1)
     return Credit(rewards, advantages, selection)
 
 

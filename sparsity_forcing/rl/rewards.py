@@ -72,35 +72,3 @@ def group_advantages(rewards: Tensor, scale: str = "group", budgets: Tensor | No
             rows = budgets == budget
             advantages = torch.where(rows, advantages - advantages[rows].mean(), advantages)
     return advantages
-
-
-def advantages_by_part(
-    correct: Tensor,
-    cost: Tensor,
-    weight_efficiency: float = 1.0,
-    gated: bool = True,
-    scale: str = "group",
-    budgets: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Advantages of correctness and of efficiency, each scaled for itself; their sum is the advantage of a selection.
-
-    Divided together, as the joint reward is, a wrong answer in a group leaves little of the efficiency: costs of a
-    layer differ by hundredths within a budget, correctness by 1. So the parts are divided apart (after GDPO, arXiv
-    2601.05242, which takes the group's deviation of each). Correctness as in `group_advantages`. Efficiency, less what
-    the questions and the budgets decide of it, by its deviation over the batch, and then times the mean cost, which
-    weakens it for a layer that costs little. Groups that C leaves out have no efficiency and do not enter its means and
-    deviation. Unlike with the joint reward, a wrong rollout that cost little can outrank a right one that cost much.
-
-    Args:
-        scale: of correctness alone. The others as of `joint_rewards` and `group_advantages`.
-
-    Returns:
-        Two (queries, group) float32.
-    """
-    rewards = joint_rewards(correct, cost, 1.0, gated)
-    efficiency = torch.zeros_like(rewards.efficiency)
-    earning = (correct > 0.5).any(dim=1) | (not gated)
-    if bool(earning.any()):
-        own = group_advantages(rewards.efficiency[earning], "none", None if budgets is None else budgets[earning])
-        efficiency[earning] = own / (own.std() + STD_EPSILON)
-    return group_advantages(rewards.correct, scale, budgets), weight_efficiency * cost.mean() * efficiency

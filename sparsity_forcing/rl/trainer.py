@@ -3,9 +3,8 @@
 Where it departs from the usual GRPO: every rollout of a group has its own budget p and its own kept sets; the update
 replays them; the visual prefix of a query is computed once per pass and shared by its group; the selection itself is a
 stochastic action during rollouts (sigma > 0), because with token log-probabilities alone the efficiency reward has no
-expected gradient towards a lower τ; a layer's selection is judged by its own ratio, correctness and efficiency scaled
-apart; advantages are centred by budget. A step is a pure function of (weights, optimizer, step number): batches and
-noise are seeded by the step, so a resumed run is the run that was never interrupted.
+expected gradient towards a lower τ; advantages are centred by budget. A step is a pure function of (weights, optimizer,
+step number): batches and noise are seeded by the step, so a resumed run is the run that was never interrupted.
 """
 
 from __future__ import annotations

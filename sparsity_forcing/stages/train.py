@@ -80,8 +80,6 @@ def _recorded(tracker: Tracker | None, params: Params, root: Path) -> Iterator[R
         "method": "sparsity_forcing",
         "sparse.p": params.sparsity.p,
         "selection_policy.sigma": config.selection_policy.sigma,
-        "selection_policy.credit": config.selection_policy.credit,
-        "selection_policy.scale": config.selection_policy.scale,
         "selection_policy.weight": config.selection_policy.weight,
         "learning_rate": config.learning_rate,
         "num_generations": config.num_generations,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsity_forcing.rl.rewards import advantages_by_part, group_advantages, joint_rewards
+from sparsity_forcing.rl.rewards import group_advantages, joint_rewards
 
 share = st.floats(0, 1, width=32)
 groups = st.lists(st.tuples(st.booleans(), share), min_size=2, max_size=8)
@@ -89,60 +89,6 @@ def test_a_budget_is_found_wherever_it_stands_in_its_group():
 def test_one_group_alone_is_not_centred_by_budget():
     budgets = torch.tensor([[0.9, 0.95]])
     assert group_advantages(torch.tensor([[2.0, 0.0]]), "none", budgets).tolist() == [[1.0, -1.0]]
-
-
-def test_what_a_wrong_answer_leaves_of_the_efficiency():
-    """Divided together with correctness nearly nothing is left of small differences of cost; divided apart all is."""
-    generator = torch.Generator().manual_seed(0)
-    cost = 0.9 + 0.01 * torch.rand(4, 8, generator=generator)
-    budgets = torch.linspace(0.94, 0.975, 8).expand(4, 8)
-    right, one_wrong = torch.ones(4, 8), torch.ones(4, 8)
-    one_wrong[:, 3] = 0
-
-    def together(correct):
-        return group_advantages(joint_rewards(correct, cost).total, "group", budgets)
-
-    assert together(one_wrong).std() < 0.05 * together(right).std()
-    none, of_right = advantages_by_part(right, cost, budgets=budgets)
-    _, of_one_wrong = advantages_by_part(one_wrong, cost, budgets=budgets)
-    assert not none.any()
-    assert torch.equal(of_right, of_one_wrong)
-    assert float(of_right.std()) == pytest.approx(float(cost.mean()), rel=0.1)
-
-
-def test_a_group_that_c_leaves_out_earns_nothing_and_scales_nobody():
-    generator = torch.Generator().manual_seed(2)
-    cost = torch.rand(4, 8, generator=generator)
-    cost[0] = cost.mean() + cost[0] - cost[0].mean()  # so that the mean cost is that of the others
-    cost[1:] += cost[0].mean() - cost[1:].mean()
-    cost = cost / cost.max()
-    correct, budgets = torch.ones(4, 8), torch.linspace(0.94, 0.975, 8).expand(4, 8)
-    correct[0] = 0
-    _, efficiency = advantages_by_part(correct, cost, budgets=budgets)
-    _, alone = advantages_by_part(correct[1:], cost[1:], budgets=budgets[1:])
-    assert not efficiency[0].any()
-    torch.testing.assert_close(efficiency[1:], alone)
-    _, paid = advantages_by_part(correct, cost, gated=False, budgets=budgets)
-    assert paid[0].any()
-    assert not advantages_by_part(torch.zeros(2, 8), cost[:2], budgets=budgets[:2])[1].any()
-
-
-@given(st.floats(0.5, 2))
-def test_the_parts_of_an_advantage_do_not_depend_on_how_far_the_costs_are_apart(factor):
-    generator = torch.Generator().manual_seed(1)
-    correct = (torch.rand(4, 8, generator=generator) > 0.3).float()
-    apart = torch.rand(4, 8, generator=generator) - 0.5
-    apart -= apart.mean()
-    near, far = (advantages_by_part(correct, 0.5 + scale * apart) for scale in (0.4, 0.4 * factor))
-    assert torch.equal(near[0], far[0])
-    torch.testing.assert_close(near[1], far[1], rtol=1e-2, atol=1e-3)
-
-
-def test_parts_of_an_advantage_without_any_difference_are_zero():
-    assert not any(part.any() for part in advantages_by_part(torch.ones(2, 4), torch.full((2, 4), 0.5)))
-    correct, efficiency = advantages_by_part(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.2, 0.4]]), 0.0)
-    assert correct.any()
-    assert not efficiency.any()
 
 
 @pytest.mark.parametrize(

@@ -93,28 +93,22 @@ def test_every_rollout_is_scored_by_the_answer_to_its_own_question(tmp_path):
     assert [record["reward_efficiency"] > 0 for record in table] == [record["answer"] == "7" for record in table]
 
 
-@pytest.mark.parametrize("scale", ["parts", "reward"])
 @pytest.mark.parametrize("credit", ["layer", "joint"])
-def test_selection_is_judged_by_the_ratio_it_is_said_to_be(tmp_path, monkeypatch, credit, scale):
+def test_selection_is_judged_by_the_ratio_it_is_said_to_be(tmp_path, monkeypatch, credit):
     seen = {}
     _watch(monkeypatch, seen, sampler_module, "roll_out")
     _watch(monkeypatch, seen, update_module, "grpo_loss")
-    policy = {"credit": credit, "scale": scale}
-    trainer_of(tmp_path, steps=1, reward={"correct": "scenes:always_right"}, selection_policy=policy).train()
+    config = {"steps": 1, "reward": {"correct": "scenes:always_right"}, "selection_policy": {"credit": credit}}
+    trainer_of(tmp_path, **config).train()
     rollouts, inputs = seen["roll_out"][1], seen["grpo_loss"][0][0]  # roll_out: start validation, then the step
     correct, budgets = torch.ones(2, 4), torch.tensor([[0.6, 0.9, 0.6, 0.9]] * 2)
 
     def expected(ratio: torch.Tensor) -> torch.Tensor:
         return group_advantages(joint_rewards(correct, ratio.view(2, 4)).total, "group", budgets).flatten()
 
-    def by_part(ratio: torch.Tensor) -> torch.Tensor:  # all are right: what is left is efficiency's
-        left = group_advantages(1 - ratio.view(2, 4), "none", budgets).flatten()
-        return ratio.mean() * left / (left.std() + 1e-4)
-
     torch.testing.assert_close(inputs.advantages, expected(rollouts.token_ratio))
     judged_by = rollouts.layer_ratio if credit == "layer" else rollouts.token_ratio.expand(2, -1)
-    of_selection = by_part if scale == "parts" else expected
-    torch.testing.assert_close(inputs.selection_advantages, torch.stack([of_selection(ratio) for ratio in judged_by]))
+    torch.testing.assert_close(inputs.selection_advantages, torch.stack([expected(ratio) for ratio in judged_by]))
 
 
 def _watch(monkeypatch, seen: dict, module, name: str) -> None:
