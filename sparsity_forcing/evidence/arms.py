@@ -83,7 +83,7 @@ ARMS = {
             "adapters on the query and key projections only",
             {"lora": {"targets": ["q_proj", "k_proj"]}},
         ),
-        Arm("undistorted", "trained on the scans that the base knows by heart", rows="undistorted"),
+        Arm("undistorted", "trained on the scans that the base was trained on", rows="undistorted"),
         Arm("layers_joint", "a layer's selection paid the joint reward", {"selection_policy": {"credit": "joint"}}),
         Arm("raw_advantages", "without centring by budget", {"center_by_budget": False}),
         Arm("one_budget", "one budget instead of eight", {"budgets": [0.975]}),

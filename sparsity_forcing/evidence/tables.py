@@ -106,7 +106,7 @@ def headline_text(results: dict[str, dict], turns: dict | None, p: str) -> Text 
             f"{lost['dense_cache']} over {WAYS['dense_cache']}."
         )
     if missing:
-        sentences.append(f"Not measured: {'; '.join(missing)}.")
+        sentences.append(f"Not measured, among others: {'; '.join(missing)}.")
     return Text(" ".join(sentences))
 
 

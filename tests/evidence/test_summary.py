@@ -91,7 +91,8 @@ def test_the_short_of_it_names_what_ran_and_what_did_not():
     assert text.startswith(
         "Of 10 held-out questions the dense base answers 90.0%; at p = 0.975 it keeps 96.0% of the visual tokens and "
         "answers 90.0%. Visual tokens kept after training, and points of accuracy against the dense base: the default "
-        "31.0% (−10.0); the literal objective 95.0% (±0.0, no step within the guard). Not measured: with a second seed;"
+        "31.0% (−10.0); the literal objective 95.0% (±0.0, no step within the guard). Not measured, among others: with "
+        "a second seed;"
     )
     assert text.endswith("; supervised fine-tuning; DPO; a second question on the same image.")
     ways = {"dense": {"scores": "1111"}, "dense_cache": {"scores": "1110"}, "pruned_cache": {"scores": "1000"}}
