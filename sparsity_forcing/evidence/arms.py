@@ -64,7 +64,8 @@ def _seeds(arm: Arm) -> list[Arm]:
 
 
 ANY_BUDGET = (0.5, 0.6, 0.7, 0.8, 0.9)
-SEEDS = {name: (name, f"{name}_seed_1", f"{name}_seed_2") for name in ("default", "prefill_sparse", "prefill_dense")}
+HEADLINES = ("default", "one_budget", "prefill_sparse", "prefill_dense")
+SEEDS = {name: (name, f"{name}_seed_1", f"{name}_seed_2") for name in HEADLINES}
 SFT = {"prompts_per_step": 32, "beta": 0.0}
 ARMS = {
     arm.name: arm
@@ -86,7 +87,7 @@ ARMS = {
         Arm("undistorted", "trained on the scans that the base was trained on", rows="undistorted"),
         Arm("layers_joint", "a layer's selection paid the joint reward", {"selection_policy": {"credit": "joint"}}),
         Arm("raw_advantages", "without centring by budget", {"center_by_budget": False}),
-        Arm("one_budget", "one budget instead of eight", {"budgets": [0.975]}),
+        *_seeds(Arm("one_budget", "the deployed budget alone instead of eight", {"budgets": [0.975]})),
         Arm("hard", "trained on questions the base gets wrong, C on", rows="hard"),
         Arm("hard_no_gate", "the same questions, C off", {"reward": {"gate": "always"}}, rows="hard"),
         Arm("scale_batch", "advantages scaled by the batch's deviation", {"scale_rewards": "batch"}),

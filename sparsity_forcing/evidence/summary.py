@@ -31,7 +31,7 @@ from sparsity_forcing.reporting.markdown import render_block
 from sparsity_forcing.reporting.readme import with_block
 
 PAGE, README = Path("docs/evidence.md"), Path("README.md")
-DRAWN = (*chain.from_iterable(SEEDS.values()), "literal", "no_efficiency", "shuffled", "sft", "dpo", "one_budget")
+DRAWN = (*chain.from_iterable(SEEDS.values()), "literal", "no_efficiency", "shuffled", "sft", "dpo")
 
 
 def read_results(params: Params, root: Path) -> dict[str, dict]:
