@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -31,7 +30,7 @@ from sparsity_forcing.reporting.markdown import render_block
 from sparsity_forcing.reporting.readme import with_block
 
 PAGE, README = Path("docs/evidence.md"), Path("README.md")
-DRAWN = (*chain.from_iterable(SEEDS.values()), "literal", "no_efficiency", "shuffled", "sft", "dpo")
+DRAWN = (*SEEDS["default"], "one_budget", "prefill_sparse", "literal", "no_efficiency", "shuffled", "sft", "dpo")
 
 
 def read_results(params: Params, root: Path) -> dict[str, dict]:
