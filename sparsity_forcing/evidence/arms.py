@@ -64,7 +64,7 @@ def _seeds(arm: Arm) -> list[Arm]:
 
 
 ANY_BUDGET = (0.5, 0.6, 0.7, 0.8, 0.9)
-HEADLINES = ("default", "one_budget", "prefill_sparse", "prefill_dense")
+HEADLINES = ("default", "sigma_1_weight_0.01", "one_budget", "prefill_sparse", "prefill_dense")
 SEEDS = {name: (name, f"{name}_seed_1", f"{name}_seed_2") for name in HEADLINES}
 SFT = {"prompts_per_step": 32, "beta": 0.0}
 ARMS = {
@@ -94,6 +94,13 @@ ARMS = {
         Arm("scale_none", "advantages not scaled", {"scale_rewards": "none"}),
         Arm("sigma_0.25", "less noise in the selection", {"selection_policy": {"sigma": 0.25}}),
         Arm("sigma_1", "more noise in the selection", {"selection_policy": {"sigma": 1.0}}),
+        *_seeds(
+            Arm(
+                "sigma_1_weight_0.01",
+                "more noise and twice the weight, which together leave the gradient about as large",
+                {"selection_policy": {"sigma": 1.0, "weight": 0.01}},
+            )
+        ),
         Arm("weight_0.0025", "half the weight of the selection term", {"selection_policy": {"weight": 0.0025}}),
         Arm("weight_0.01", "twice the weight of the selection term", {"selection_policy": {"weight": 0.01}}),
         Arm(
