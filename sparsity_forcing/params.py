@@ -170,15 +170,30 @@ class ScratchModel(_Section):
 
 
 class Phase(_Section):
-    """One phase of the curriculum: a mixture of grids and tasks, trained for some steps."""
+    """One phase of the curriculum: a mixture of grids and tasks, trained for some steps.
+
+    ``until``: it goes on until that share of the answers of its last 50 batches is right, for ``at_most`` steps; if it
+    is not by then, the training ends with an error. When a small model sees through a task is chance, and what follows
+    is lost on one that has not.
+    """
 
     steps: Positive
+    until: Share | None = None
+    at_most: Positive | None = None
     batch_size: Positive = 32
     grids: NonEmptyUnique[Grid] = (8,)
     tasks: NonEmptyUnique[Task] = ("read", "count", "sum")
     grey_share: Share = 0.1
     clutter_share: Share = 0.16
     coloured: Annotated[int, Field(ge=2)] = COLOURED_DIGITS
+
+    @model_validator(mode="after")
+    def _open_ended_up_to_a_limit(self) -> Self:
+        if (self.until is None) != (self.at_most is None):
+            raise ValueError("until and at_most go together: the share to reach, and the steps it may take")
+        if self.at_most is not None and self.at_most < self.steps:
+            raise ValueError(f"at_most ({self.at_most}) must be at least steps ({self.steps})")
+        return self
 
     @model_validator(mode="after")
     def _room_for_coloured_digits(self) -> Self:
@@ -239,12 +254,15 @@ class RewardParams(_Section):
 
     ``cost``, relative to dense attention: the ``token_ratio`` (the paper's); the ``cache_bytes``, generated tokens
     included; or the ``latency`` of a decode step that ``latency_batch`` answers share, modelled by the bytes it reads.
+    ``target_ratio``: the efficiency part is paid until a validation keeps at most this share of the visual tokens, and
+    again once one keeps more: what is left of the training is for the accuracy there. Null: always paid.
     ``gate``: when C is 1; ``always`` leaves it out. ``shuffle``: the costs of a step are dealt out to its rollouts at
     random, a control.
     """
 
     correct: str = Field(default="exact_match", min_length=1)
     weight_efficiency: NonNegativeFloat = 1.0
+    target_ratio: Share | None = None
     cost: Literal["token_ratio", "cache_bytes", "latency"] = "token_ratio"
     latency_batch: Positive = 1
     gate: Literal["anyone_right", "always"] = "anyone_right"
@@ -296,8 +314,9 @@ class TrainParams(_Section):
     again a step.
 
     ``accuracy_guard``: the policy handed back is that of the validated step which keeps the fewest tokens among those
-    whose accuracy at the deployment budget is at most this much below the start's. ``stop_below_guard``: so many
-    validations in a row below it end the training; 0 never.
+    whose accuracy at the deployment budget is at most this much below the start's; with ``reward.target_ratio`` the
+    most accurate of those that keep at most so many, where there are such. ``stop_below_guard``: so many validations in
+    a row below the guard end the training; 0 never.
     """
 
     steps: Positive = 350

@@ -62,22 +62,26 @@ class Credit:
     selection_advantages: Tensor
 
 
-def credit(facts: Facts, config: TrainParams, costs: CostModel = TOKEN_RATIO, seed: int = 0) -> Credit:
+def credit(
+    facts: Facts, config: TrainParams, costs: CostModel = TOKEN_RATIO, seed: int = 0, pays_efficiency: bool = True
+) -> Credit:
     """Rewards and advantages of all groups of a step; advantages are centred over the groups of all processes.
 
-    ``seed`` decides whose cost a rollout is paid for where `reward.shuffle` asks for that.
+    ``seed`` decides whose cost a rollout is paid for where `reward.shuffle` asks for that. ``pays_efficiency``: without
+    it rewards are correctness alone.
     """
     group, reward = config.num_generations, config.reward
     order = torch.arange(len(facts.p))
     if reward.shuffle:
         order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
     score = facts.correct.unflatten(0, (-1, group))
+    weight = reward.weight_efficiency if pays_efficiency else 0.0
     budgets = facts.p.unflatten(0, (-1, group)) if config.center_by_budget else None
 
     def judged(token_ratio: Tensor) -> tuple[Rewards, Tensor]:
         cost = costs.relative(token_ratio, facts.prompt, facts.length)[order.to(token_ratio.device)]
         gated = reward.gate == "anyone_right"
-        rewards = joint_rewards(score, cost.unflatten(0, (-1, group)), reward.weight_efficiency, gated)
+        rewards = joint_rewards(score, cost.unflatten(0, (-1, group)), weight, gated)
         return rewards, group_advantages(rewards.total, config.scale_rewards, budgets)
 
     rewards, advantages = judged(facts.token_ratio)

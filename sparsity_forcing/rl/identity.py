@@ -22,15 +22,16 @@ INDIFFERENT = {
 }
 
 
-def identity(params: Params, root: Path, processes: int) -> str:
-    """Names all that decides the weights that come out: a checkpoint of anything else is not resumed from."""
+def identity(params: Params, root: Path, processes: int, sharded: bool = False) -> str:
+    """Names all that decides the weights that come out: a checkpoint of anything else is not resumed from, nor is a
+    ``sharded`` one where weights are whole."""
     code = [*CODE, Path(sparsity_kernels.__file__).parent, *score_code(params.train.reward.correct)]
     decisive = {
         "train": params.train.model_dump(exclude=INDIFFERENT),
         "sparsity": params.sparsity.model_dump(),
         "seed": params.seed,
         "dtype": params.model.dtype,
-        "processes": processes,
+        "processes": f"{processes}, sharded" if sharded else processes,
         "code": code_digest(code),
         "versions": versions(DECISIVE_PACKAGES),
     }

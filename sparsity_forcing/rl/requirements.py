@@ -8,8 +8,9 @@ from accelerate.utils import DistributedType
 
 from sparsity_forcing.params import TrainParams
 from sparsity_forcing.rl.errors import TrainingError
+from sparsity_forcing.rl.sharding import is_sharded, require_shardable
 
-PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
 def require_trainable(model, rows: int, config: TrainParams, accelerator: Accelerator) -> None:
@@ -17,9 +18,11 @@ def require_trainable(model, rows: int, config: TrainParams, accelerator: Accele
     world = accelerator.num_processes
     if accelerator.distributed_type not in PARALLEL:
         raise TrainingError(
-            f"training runs in one process or data-parallel, not under {accelerator.distributed_type.value}: rollouts "
-            "need the whole model on every device; use a configuration of presets/accelerate/"
+            f"training runs in one process, data-parallel or under FSDP2, not under "
+            f"{accelerator.distributed_type.value}; use a configuration of presets/accelerate/"
         )
+    if is_sharded(accelerator):
+        require_shardable(accelerator)
     if model.dtype == torch.float16:
         raise TrainingError(
             "model.dtype 'float16' cannot be trained: its gradients underflow; use 'bfloat16' or 'float32'"

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from sparsity_forcing.rl.parts import Part
 from sparsity_forcing.rl.replay import Replay
 from sparsity_forcing.rl.requirements import arithmetic, prompts_together, require_trainable
 from sparsity_forcing.rl.sampler import Sampler
+from sparsity_forcing.rl.sharding import gather, is_sharded, learner_of
 from sparsity_forcing.rl.stopping import StopSignal
 from sparsity_forcing.rl.update import MicroBatch, Updater
 from sparsity_forcing.rl.validation import validate
@@ -94,11 +95,12 @@ class Trainer:
         self.costs = cost_model(model, config.reward.cost, config.reward.latency_batch)
         self.sampler = Sampler(model, processor, config, sparsity)
         self._prepare_weights()
-        self.optimizer = adamw(self._trained().values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        trained = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
+        self.optimizer = adamw(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         updates = config.steps * config.num_iterations
         self.schedule = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup_steps, updates)
         self.passes = Replay(
-            model,
+            self.learner,
             sparsity,
             config.temperature,
             self.sampler.suppressed,
@@ -129,8 +131,9 @@ class Trainer:
         )
         for line in arithmetic(self.config, self.accelerator.num_processes, len(self.rows), *sizes):
             _log.info("%s", line)
-        reference = nullcontext() if self.reference is None else decoder_attention(self.reference)
-        with StopSignal() as stop, decoder_attention(self.model), reference:
+        with StopSignal() as stop, ExitStack() as attention:
+            for model in {id(model): model for model in (self.model, self.learner, self.reference) if model}.values():
+                attention.enter_context(decoder_attention(model))
             self._run_steps(stop)
         self._take_best()
         self.seconds = time.perf_counter() - self._began
@@ -189,6 +192,7 @@ class Trainer:
             batches = self._micro_batches(parts, facts, judged)
             clock.append(time.perf_counter())
             updated = self.updater.update(batches, self.step + 1)
+            self._follow_learner()
         clock.append(time.perf_counter())
         metrics = step_metrics(self.step + 1, facts, judged.rewards, judged.advantages) | updated
         if config.beta == 0:
@@ -217,7 +221,15 @@ class Trainer:
         group = self.config.num_generations
         correct = torch.tensor([self.score(text, rows[i // group].answer) for i, text in enumerate(texts)])
         facts = Facts.gathered(correct, [part.rollouts for part in parts], self.accelerator)
-        return facts, credit(facts, self.config, self.costs, self.seed * 1_000_003 + self.step)
+        pays = not self._reached_target
+        return facts, credit(facts, self.config, self.costs, self.seed * 1_000_003 + self.step, pays)
+
+    @property
+    def _reached_target(self) -> bool:
+        """Whether the last validation, if there was one, kept at most the target's share."""
+        name, target = "validation_visual_token_ratio", self.config.reward.target_ratio
+        kept = next((row[name] for row in reversed(self.history) if name in row), 1.0)
+        return target is not None and kept <= target
 
     def _micro_batches(self, parts: list[Part], facts: Facts, judged: Credit) -> list[MicroBatch]:
         """What the update goes through, with the reference's log-probabilities."""
@@ -258,16 +270,23 @@ class Trainer:
             return validate(self.sampler, self.validation_rows, self.score, self.accelerator)
 
     def _validate_and_keep_best(self) -> dict[str, float]:
-        """Validates; stores the weights if no validated step within the accuracy guard keeps fewer tokens."""
+        """Validates; stores the weights if no validated step within the accuracy guard is better, see `_rank`."""
         found = self.validate()
         start = self.history[0] if self.history else self._start
         within = found["accuracy"] >= start["start_accuracy"] - self.config.accuracy_guard
         self._below_guard = 0 if within else self._below_guard + 1
-        if within and (self.best is None or found["token_ratio"] < self.best["token_ratio"]):
+        if within and (self.best is None or self._rank(found) < self._rank(self.best)):
             self.best = {"step": self.step, **found}
             if self.accelerator.is_main_process:
                 self.checkpoints.save_best(self.step, self._write_weights)
         return found
+
+    def _rank(self, found: dict) -> tuple[float, ...]:
+        """Lower is better: the fewer tokens kept; below a target the higher accuracy."""
+        target = self.config.reward.target_ratio
+        if target is None or found["visual_token_ratio"] > target:
+            return 1.0, found["token_ratio"]
+        return 0.0, -found["accuracy"]
 
     @property
     def _stays_below_guard(self) -> bool:
@@ -332,6 +351,7 @@ class Trainer:
             return
         directory, state = found[0]
         self.accelerator.load_state(directory)
+        self._follow_learner()
         self.step, self.updater.skipped_steps = state["step"], state["skipped_steps"]
         self.history, self.best, self._below_guard = state["history"], state["best"], state["below_guard"]
         self._began -= state["seconds"]
@@ -353,15 +373,21 @@ class Trainer:
         return newest
 
     def _prepare_weights(self) -> None:
-        """Decides what is trained and what the reference is."""
+        """Decides what is trained, what the reference is, and whether a sharded copy learns."""
         self.adapters = self.reference = None
         if self.config.lora is not None:
             self.adapters = add_adapters(self.model, self.config.lora, self.seed)
-            return
-        if self.config.beta:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
-        if self.config.freeze_vision:
-            vision_tower(self.model).requires_grad_(False)
+        else:
+            if self.config.beta:
+                self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+            if self.config.freeze_vision:
+                vision_tower(self.model).requires_grad_(False)
+        self.learner = learner_of(self.model, self.accelerator) if is_sharded(self.accelerator) else self.model
+
+    def _follow_learner(self) -> None:
+        """Brings the whole weights, which roll out, to the learner's, where these are sharded."""
+        if self.learner is not self.model:
+            gather(self.learner, self.model)
 
     def _own(self, rows: Sequence[Row]) -> Sequence[Row]:
         return share_of(rows, self.accelerator.process_index, self.accelerator.num_processes)

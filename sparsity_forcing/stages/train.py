@@ -21,6 +21,7 @@ from sparsity_forcing.models.load import load, pick_device
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
 from sparsity_forcing.rl.identity import identity
+from sparsity_forcing.rl.sharding import launched_sharded
 from sparsity_forcing.rl.trainer import Trainer
 from sparsity_forcing.rl.validation import VALIDATED
 from sparsity_forcing.tracking import Run, Tracker
@@ -42,9 +43,8 @@ def run(params: Params, root: Path) -> dict:
     process = PartialState(cpu=pick_device(params.model.device).type == "cpu")
     logging.basicConfig(level=logging.INFO if process.is_main_process else logging.ERROR, format="%(message)s")
     tracker = Tracker(params.tracking, root) if process.is_main_process else None
-    checkpoints = Checkpoints(
-        root / CHECKPOINTS, identity(params, root, process.num_processes), params.train.keep_checkpoints
-    )
+    made_by = identity(params, root, process.num_processes, launched_sharded())
+    checkpoints = Checkpoints(root / CHECKPOINTS, made_by, params.train.keep_checkpoints)
     model, processor = load(root / BASE, params.model.dtype, str(process.device))
     with _recorded(tracker, params, root) as record:
         with _Reporter(record, params.train.steps) as report:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
+from sparsity_forcing.rl.sharding import launched_sharded
 from sparsity_forcing.torchvision_ops import declare_missing_ops
 
 # Five validation rows: the processes have two and three. Noise belongs to one prompt, so it is that of one process.
@@ -19,25 +21,36 @@ SCENES = {
     "all weights": {"freeze_vision": False},
     "little memory": {"gradient_checkpointing": True, "logits_chunk": 5, "loss_type": "dapo"},
     "adapters": {"lora": {"r": 4}},
+    "resumed": {"lr_scheduler_type": "constant_with_warmup"},  # the same rate in the first half of more steps
 }
 
 
-def train(directory: Path, scene: str) -> tuple[dict, dict]:
-    """Weights after four steps; the history and what was reported."""
+def train(directory: Path, scene: str, steps: int = 4) -> tuple[dict, dict]:
+    """Weights after the steps; the history and what was reported. Goes on from a checkpoint in ``directory``."""
     from runs import Recorder, rows, trainer_of  # once the operators that transformers needs are declared
 
     recorder = Recorder()
-    trainer = trainer_of(directory / "checkpoints", recorder, train=rows("train", 6), **CONFIG, **SCENES[scene])
+    config = CONFIG | SCENES[scene] | {"steps": steps}
+    trainer = trainer_of(directory / "checkpoints", recorder, train=rows("train", 6), **config)
     history = trainer.train()
     reported = [row["step"] for row in recorder.steps]
     return trainer.model.state_dict(), {"history": history, "reported": reported, "tables": len(recorder.tables)}
 
 
+def shard_on_the_cpu() -> None:
+    """accelerate shards on accelerators alone; torch's FSDP2 works on the CPU as well."""
+    PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
 if __name__ == "__main__":
     declare_missing_ops()
+    if launched_sharded():
+        shard_on_the_cpu()
     for name in SCENES:
         out = Path(sys.argv[1]) / name
         out.mkdir(exist_ok=True)
+        if name == "resumed":
+            train(out, name, steps=2)
         weights, found = train(out, name)
         rank = PartialState().process_index
         save_file({name: value.clone() for name, value in weights.items()}, out / f"rank-{rank}.safetensors")

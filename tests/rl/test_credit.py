@@ -54,6 +54,14 @@ def test_a_wrong_group_is_paid_only_where_the_gate_is_off():
     torch.testing.assert_close(paid, torch.tensor([[0.5, 0.4], [0.3, 0.2]]))
 
 
+def test_where_efficiency_is_not_paid_an_all_right_group_has_no_advantage():
+    found = credit(facts([1, 1, 1, 0], [0.5, 0.6, 0.7, 0.8]), params(center_by_budget=False), pays_efficiency=False)
+    assert not found.rewards.efficiency.any()
+    assert not found.advantages[0].any()
+    assert not found.selection_advantages[:, :2].any()
+    assert found.selection_advantages[:, 2:].all()
+
+
 def test_shuffled_every_rollout_is_paid_for_another_ones_cost():
     scene, shuffled = facts([1] * 4, [0.5, 0.6, 0.7, 0.8]), params(reward={"shuffle": True})
     drawn = {tuple(credit(scene, shuffled, seed=seed).rewards.efficiency.flatten().tolist()) for seed in range(20)}

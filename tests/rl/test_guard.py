@@ -57,6 +57,42 @@ def test_one_validation_above_the_guard_starts_the_count_anew(tmp_path, monkeypa
     assert len(trainer.train()) == 4
 
 
+def test_below_the_target_the_most_accurate_step_within_the_guard_is_the_policy(tmp_path, monkeypatch):
+    options = {"accuracy_guard": 0.1, "validate_every": 1, "steps": 5, "reward": {"target_ratio": 0.25}}
+    trainer = trainer_of(tmp_path, **options)
+    validations(monkeypatch, trainer, [(0.9, 0.95), (0.9, 0.3), (0.85, 0.24), (0.88, 0.245), (0.7, 0.1), (0.88, 0.2)])
+    trainer.train()
+    assert trainer.best["step"] == 3
+    assert trainer.best["accuracy"] == 0.88
+
+
+def test_above_the_target_the_sparsest_step_within_the_guard_is_the_policy(tmp_path, monkeypatch):
+    options = {"accuracy_guard": 0.1, "validate_every": 1, "steps": 3, "reward": {"target_ratio": 0.25}}
+    trainer = trainer_of(tmp_path, **options)
+    validations(monkeypatch, trainer, [(0.9, 0.95), (0.9, 0.5), (0.85, 0.4), (0.7, 0.2)])
+    trainer.train()
+    assert trainer.best["step"] == 2
+
+
+def test_efficiency_is_paid_until_a_validation_reaches_the_target_and_again_above_it(tmp_path, monkeypatch):
+    options = {"validate_every": 1, "steps": 4, "reward": {"correct": "scenes:always_right", "target_ratio": 0.25}}
+    trainer = trainer_of(tmp_path, **options)
+    validations(monkeypatch, trainer, [(0.9, 0.2), (0.9, 0.25), (0.9, 0.26), (0.9, 0.24), (0.9, 0.3)])
+    paid = [row["reward_efficiency"] for row in trainer.train()]
+    assert [value > 0 for value in paid] == [True, False, True, False]  # the start is no validation of the training
+
+
+def validations(monkeypatch, trainer: Trainer, found: list[tuple[float, float]]) -> None:
+    """Accuracy and ratio of the start and of every validation."""
+    answers = iter(found)
+
+    def validate() -> dict:
+        accuracy, ratio = next(answers)
+        return {"accuracy": accuracy, "token_ratio": ratio, "visual_token_ratio": ratio}
+
+    monkeypatch.setattr(trainer, "validate", validate)
+
+
 def falling_accuracy():
     accuracy = iter([0.9, 0.8, 0.7])
     return lambda: {"accuracy": next(accuracy), "token_ratio": 0.5, "visual_token_ratio": 0.5}

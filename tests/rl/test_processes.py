@@ -26,9 +26,10 @@ ROOT = Path(__file__).parents[2]
 CONFIGURATIONS = sorted((ROOT / "presets/accelerate").glob("*.yaml"))
 
 
-def launch(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "presets/accelerate/cpu-2proc.yaml"), *arguments]
+def launch(*arguments: str, configuration: str = "cpu-2proc") -> subprocess.Popen:
+    """Two processes; of a configuration for GPUs, two on the CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--num_processes", "2"]
+    command += ["--config_file", str(ROOT / f"presets/accelerate/{configuration}.yaml"), *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
     environment |= {
         "OMP_NUM_THREADS": "1",
@@ -52,7 +53,7 @@ def finished(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_every_configuration_is_one_that_accelerate_reads(path):
     config = load_config_from_file(str(path))
-    assert config.distributed_type == "MULTI_GPU"
+    assert config.distributed_type == ("FSDP" if path.stem == "fsdp" else "MULTI_GPU")
     assert config.num_processes >= 2
     assert set(yaml.safe_load(path.read_text())) <= set(vars(config)) | {"use_cpu"}
 
@@ -65,12 +66,15 @@ def test_every_row_is_in_one_share(rows):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.fixture(scope="module")
-def trained_by_two(tmp_path_factory) -> Path:
-    """A directory per scene with the weights and the history of both processes."""
+@pytest.fixture(scope="module", params=["cpu-2proc", "fsdp"])
+def trained_by_two(request, tmp_path_factory) -> Path:
+    """A directory per scene with the weights and the history of both processes, whole or sharded weights in each."""
     directory = tmp_path_factory.mktemp("two")
-    code, output = finished(launch(str(ROOT / "tests/rl/process_worker.py"), str(directory)))
+    worker = str(ROOT / "tests/rl/process_worker.py")
+    code, output = finished(launch(worker, str(directory), configuration=request.param))
     assert code == 0, output
+    sharded = list(directory.glob("adapters/checkpoints/*/step-*/pytorch_model_fsdp_0/__*_0.distcp"))
+    assert {path.name for path in sharded} == ({"__0_0.distcp", "__1_0.distcp"} if request.param == "fsdp" else set())
     return directory
 
 
@@ -85,7 +89,7 @@ def test_two_processes_end_with_the_weights_of_one(trained_by_two, tmp_path, sce
 
     main, other = (json.loads((trained_by_two / scene / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert (main["reported"], other["reported"]) == ([1, 2, 3, 4], [])
-    assert (main["tables"], other["tables"]) == (alone["tables"], 0)
+    assert (main["tables"], other["tables"]) == (1 if scene == "resumed" else alone["tables"], 0)
     assert timeless(main["history"]) == timeless(other["history"])  # of all ranks, not of one
     for found, wanted in zip(timeless(main["history"]), timeless(alone["history"]), strict=True):
         assert found.keys() == wanted.keys()
