@@ -64,6 +64,14 @@ def test_a_place_that_dvc_does_not_see_is_refused_before_the_stage(workspace, st
     assert not (workspace / "data").exists()
 
 
+@pytest.mark.parametrize("preset, capability", [("smoke", "avx2"), ("qwen2.5-vl-7b", None)])
+def test_what_is_trained_from_scratch_rounds_alike_on_every_processor(preset, capability, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {})
+    set_environment(load_params(ROOT / "presets" / f"{preset}.yaml"), tmp_path)
+    assert os.environ.get("ATEN_CPU_CAPABILITY") == capability
+    assert os.environ.get("ONEDNN_MAX_CPU_ISA") == os.environ.get("MKL_CBWR") == (capability and capability.upper())
+
+
 @pytest.mark.parametrize("preset, offline", [("smoke", "1"), ("qwen2.5-vl-7b", None)])
 def test_the_hub_is_asked_only_when_the_model_is_on_it(preset, offline, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "3"})

@@ -1,6 +1,7 @@
 """Trains the default model from scratch on the `digits` source, phase by phase.
 
-Direct training on the full task stays at chance; a curriculum of small, clean canvases first does not. Canvases are
+Direct training on the full task stays at chance; a curriculum of small, clean canvases first does not, if each phase
+lasts until the model can do it: when that is depends on the seed, and on the rounding of the processor. Canvases are
 rendered on the fly from training scans, so no image repeats.
 """
 
@@ -10,9 +11,11 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -28,23 +31,23 @@ from sparsity_forcing.models.prompts import append_answers, encode_prompts
 from sparsity_forcing.params import ModelParams, Phase
 
 STATE_FILE = "state.pt"
+WINDOW = 50  # batches whose accuracy decides whether a phase ends
 CODE = ("data/digits.py", "models/pretrain.py", "models/prompts.py")  # what decides the weights, and packages that do:
 PACKAGES = ("torch", "transformers", "numpy", "scikit-learn")
 
 
-class CurriculumBatches(IterableDataset):
-    """Supervised batches of the whole curriculum in order: (inputs, labels). Every batch has one grid size."""
+class PhaseBatches(IterableDataset):
+    """Supervised batches of one phase, without end: (inputs, labels). Every batch has one grid size.
 
-    def __init__(self, processor, phases: tuple[Phase, ...], seed: int, start_step: int = 0) -> None:
-        self.processor, self.phases, self.seed, self.start_step = processor, phases, seed, start_step
+    ``start_step``: the number of the first one in the whole training, from 0; a batch's number seeds it.
+    """
+
+    def __init__(self, processor, phase: Phase, seed: int, start_step: int = 0) -> None:
+        self.processor, self.phase, self.seed, self.start_step = processor, phase, seed, start_step
 
     def __iter__(self) -> Iterator[tuple[dict, torch.Tensor]]:
-        step = 0
-        for phase in self.phases:
-            for _ in range(phase.steps):
-                if step >= self.start_step:
-                    yield self._batch(phase, step)
-                step += 1
+        for step in count(self.start_step):
+            yield self._batch(self.phase, step)
 
     def _batch(self, phase: Phase, step: int) -> tuple[dict, torch.Tensor]:
         rng = np.random.default_rng([self.seed, step])
@@ -70,20 +73,24 @@ class CurriculumBatches(IterableDataset):
         return append_answers(self.processor, inputs, [canvas.answer for canvas in canvases])
 
 
-def learning_rate_factor(step: int, total: int, warmup: int) -> float:
-    """Linear warm-up, constant, then a cosine to 2% over the second half."""
+def learning_rate_factor(step: int, left: int, warmup: int, decay: int) -> float:
+    """Linear warm-up, constant, then a cosine to 2% over the last ``decay`` steps.
+
+    Args:
+        step: steps done. left: steps to come, this one included.
+    """
     if step < warmup:
         return (step + 1) / warmup
-    if step < total // 2:
+    if left > decay:
         return 1.0
-    progress = (step - total // 2) / max(1, total - total // 2)
+    progress = (decay - left) / max(1, decay)
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step that is done: ``number`` of ``total``, counted from 1; ``accuracy``: share of the batch's answers whose
-    every token was the most likely one (before the step)."""
+    """One step that is done: ``number`` of ``total``, counted from 1, which a phase that goes on makes more;
+    ``accuracy``: share of the batch's answers whose every token was the most likely one (before the step)."""
 
     number: int
     total: int
@@ -109,35 +116,88 @@ def pretrain(
     Raises:
         ModelError: the loss is no longer finite.
     """
-    total = sum(phase.steps for phase in params.curriculum)
+    phases = params.curriculum
+    total = sum(phase.steps for phase in phases)
+    decay = total - total // 2
     optimizer = torch.optim.AdamW(model.parameters(), lr=params.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    done, earlier = _resume(model, optimizer, checkpoints)
+    at, earlier = _resume(model, optimizer, checkpoints)
     started = time.perf_counter() - earlier
-    batches = DataLoader(
-        CurriculumBatches(processor, params.curriculum, seed, start_step=done),
-        batch_size=None,
-        num_workers=1,
-        prefetch_factor=4,
-    )
     model.train()
-    for number, (inputs, labels) in enumerate(batches, start=done + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = params.learning_rate * learning_rate_factor(number - 1, total, params.warmup_steps)
-        loss, accuracy = answer_loss(model, inputs, labels)
-        if not torch.isfinite(loss):
-            raise ModelError(
-                f"the loss is {loss.item()} at step {number} of {total}; lower model.learning_rate "
-                f"({params.learning_rate}) or lengthen model.warmup_steps ({params.warmup_steps})"
-            )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        on_step(Step(number, total, loss.item(), accuracy))
-        if checkpoints is not None and (number % params.checkpoint_every == 0 or number == total):
-            checkpoints.save(number, partial(_write_state, model, optimizer, time.perf_counter() - started))
+    while at.phase < len(phases):
+        phase = phases[at.phase]
+        for inputs, labels in _loaded(processor, phase, seed, at):
+            left = max(1, phase.steps - at.steps_in_phase) + sum(later.steps for later in phases[at.phase + 1 :])
+            factor = learning_rate_factor(at.step, left, params.warmup_steps, decay)
+            for group in optimizer.param_groups:
+                group["lr"] = params.learning_rate * factor
+            loss, accuracy = answer_loss(model, inputs, labels)
+            done = Step(at.step + 1, at.step + left, loss.item(), accuracy)
+            _take_step(model, optimizer, loss, done, params)
+            at.advance(accuracy)
+            on_step(done)
+            ends = _ends(phase, at, params)
+            if ends:
+                at.next_phase()
+            if checkpoints is not None and (at.step % params.checkpoint_every == 0 or at.phase == len(phases)):
+                checkpoints.save(at.step, partial(_write_state, model, optimizer, at, time.perf_counter() - started))
+            if ends:
+                break
     model.eval()
     return time.perf_counter() - started
+
+
+def _take_step(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: torch.Tensor, step: Step, params: ModelParams
+) -> None:
+    if not torch.isfinite(loss):
+        raise ModelError(
+            f"the loss is {step.loss} at step {step.number} of {step.total}; lower model.learning_rate "
+            f"({params.learning_rate}) or lengthen model.warmup_steps ({params.warmup_steps})"
+        )
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _ends(phase: Phase, at: Position, params: ModelParams) -> bool:
+    """Whether the phase is over; raises ModelError where the most steps are done and the model still cannot do it."""
+    if at.steps_in_phase < phase.steps:
+        return False
+    if phase.until is None or mean(at.recent) >= phase.until:
+        return True
+    if at.steps_in_phase < phase.at_most:
+        return False
+    raise ModelError(
+        f"phase {at.phase + 1} of model.curriculum is right on {mean(at.recent):.1%} of its questions after "
+        f"{phase.at_most} steps, `until` asks for {phase.until:.1%}; raise at_most, lower model.learning_rate "
+        f"({params.learning_rate}), or try another seed"
+    )
+
+
+@dataclass
+class Position:
+    """How far a training is: ``step`` steps in all, of which ``steps_in_phase`` in the phase of this number; the
+    accuracies of its last `WINDOW` batches."""
+
+    phase: int = 0
+    step: int = 0
+    steps_in_phase: int = 0
+    recent: list[float] = field(default_factory=list)
+
+    def advance(self, accuracy: float) -> None:
+        self.step += 1
+        self.steps_in_phase += 1
+        self.recent = [*self.recent, accuracy][-WINDOW:]
+
+    def next_phase(self) -> None:
+        self.phase, self.steps_in_phase, self.recent = self.phase + 1, 0, []
+
+
+def _loaded(processor, phase: Phase, seed: int, at: Position) -> DataLoader:
+    """The phase's batches from where the training is, made ahead in another process."""
+    batches = PhaseBatches(processor, phase, seed, at.step)
+    return DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4)
 
 
 def answer_loss(model: PreTrainedModel, inputs: dict, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -165,7 +225,7 @@ def configuration_fingerprint(model: PreTrainedModel, processor: ProcessorMixin,
     """
     tensors = list(model.state_dict().values())
     for phase in params.curriculum:
-        inputs, labels = next(iter(CurriculumBatches(processor, (phase,), seed)))
+        inputs, labels = next(iter(PhaseBatches(processor, phase, seed)))
         tensors += [*inputs.values(), labels]
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -177,18 +237,19 @@ def configuration_fingerprint(model: PreTrainedModel, processor: ProcessorMixin,
 
 def _resume(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, checkpoints: Checkpoints | None
-) -> tuple[int, float]:
-    """Steps that are done already and the seconds they took; brings model and optimizer to where they were then."""
+) -> tuple[Position, float]:
+    """Where the training is, and the seconds that it took; brings model and optimizer to where they were then."""
     found = checkpoints.latest() if checkpoints is not None else None
     if found is None:
-        return 0, 0.0
-    step, directory = found
-    state = torch.load(directory / STATE_FILE, map_location=model.device, weights_only=True)
+        return Position(), 0.0
+    state = torch.load(found[1] / STATE_FILE, map_location=model.device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return step, state["seconds"]
+    return Position(**state["position"]), state["seconds"]
 
 
-def _write_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, seconds: float, directory: Path) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "seconds": seconds}
-    torch.save(state, directory / STATE_FILE)
+def _write_state(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, at: Position, seconds: float, directory: Path
+) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state | {"position": asdict(at), "seconds": seconds}, directory / STATE_FILE)

@@ -15,7 +15,7 @@ from sparsity_forcing.files import WriteError
 from sparsity_forcing.models import pretrain as training
 from sparsity_forcing.models.families import ModelError
 from sparsity_forcing.models.pretrain import (
-    CurriculumBatches,
+    PhaseBatches,
     answer_loss,
     configuration_fingerprint,
     learning_rate_factor,
@@ -190,7 +190,7 @@ def test_a_diverging_run_says_so_and_saves_nothing_bad(processor, tmp_path):
 
 def test_the_loss_is_that_of_the_answer_tokens(processor):
     model = fresh(processor).eval()
-    inputs, labels = next(iter(CurriculumBatches(processor, PARAMS.curriculum[:1], seed=0)))
+    inputs, labels = next(iter(PhaseBatches(processor, PARAMS.curriculum[0], seed=0)))
     with torch.no_grad():
         loss, accuracy = answer_loss(model, inputs, labels)
         logits = model(**inputs).logits
@@ -203,11 +203,65 @@ def test_the_loss_is_that_of_the_answer_tokens(processor):
 
 
 def test_the_schedule():
-    factors = [learning_rate_factor(step, total=100, warmup=10) for step in range(100)]
+    factors = [learning_rate_factor(step, 100 - step, warmup=10, decay=50) for step in range(100)]
     assert factors[0] == 0.1
-    assert factors[9:50] == [1.0] * 41
+    assert factors[9:51] == [1.0] * 42
     assert factors[50:] == sorted(factors[50:], reverse=True)
     assert 0.02 <= factors[-1] < 0.03
+
+
+def gated(until: float, at_most: int) -> ModelParams:
+    """A phase that may go on, then two steps."""
+    first = PARAMS.curriculum[0].model_copy(update={"steps": 10, "until": until, "at_most": at_most})
+    last = PARAMS.curriculum[1].model_copy(update={"steps": 2})
+    return PARAMS.model_copy(update={"curriculum": (first, last), "checkpoint_every": 20})
+
+
+def accuracies(monkeypatch, values):
+    """``values[step]`` in the place of the share of right answers."""
+    answers = iter(values)
+    monkeypatch.setattr(training, "answer_loss", lambda *inputs: (answer_loss(*inputs)[0], next(answers)))
+
+
+@pytest.mark.parametrize("right, expected", [([1.0] * 10, 10), ([0.0] * 12 + [1.0] * 90, 57)])
+def test_a_phase_goes_on_until_the_model_can_do_it(processor, monkeypatch, right, expected):
+    """57: 45 of the last 50 batches are right then."""
+    steps = []
+    accuracies(monkeypatch, right + [0.0] * 2)
+    pretrain(fresh(processor), processor, gated(0.9, at_most=70), 0, on_step=steps.append)
+    assert len(steps) == expected + 2
+    assert [step.total for step in steps[:10]] == [12] * 10
+    assert [step.total for step in steps[10:]] == [*range(13, expected + 3), expected + 2, expected + 2]
+
+
+def test_stopped_in_a_phase_that_goes_on_it_ends_with_the_same_weights(processor, monkeypatch, tmp_path):
+    model, checkpoints = fresh(processor), Checkpoints(tmp_path, "key")
+    values, params = [0.0] * 12 + [1.0] * 90, gated(0.9, at_most=70)
+    accuracies(monkeypatch, values)
+    pretrain(model, processor, params, 0)
+    again = fresh(processor)
+    accuracies(monkeypatch, values)
+    with pytest.raises(StoppedError):
+        pretrain(again, processor, params, 0, checkpoints, stopped_after(45))
+    accuracies(monkeypatch, values[40:])
+    pretrain(again, processor, params, 0, checkpoints)
+    assert same(weights(again), weights(model))
+
+
+def test_a_phase_that_the_model_cannot_do_ends_the_training(processor, monkeypatch):
+    accuracies(monkeypatch, [0.5] * 60)
+    told = r"phase 1 of model.curriculum is right on 50.0% of its questions after 55 steps, `until` asks for 90.0%"
+    with pytest.raises(ModelError, match=told):
+        pretrain(fresh(processor), processor, gated(0.9, at_most=55), 0)
+
+
+@pytest.mark.parametrize(
+    "wrong, told", [({"until": 0.9}, "go together"), ({"at_most": 9}, "go together"),
+                    ({"until": 0.9, "at_most": 2}, r"at_most \(2\) must be at least steps \(3\)")]
+)  # fmt: skip
+def test_an_open_phase_has_a_goal_and_a_limit(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        Phase(steps=3, **wrong)
 
 
 def test_validation_asks_about_every_task_and_grid_and_scores_what_is_generated(processor):
