@@ -254,8 +254,9 @@ class RewardParams(_Section):
 
     ``cost``, relative to dense attention: the ``token_ratio`` (the paper's); the ``cache_bytes``, generated tokens
     included; or the ``latency`` of a decode step that ``latency_batch`` answers share, modelled by the bytes it reads.
-    ``target_ratio``: the efficiency part is paid until a validation keeps at most this share of the visual tokens, and
-    again once one keeps more: what is left of the training is for the accuracy there. Null: always paid.
+    ``target_ratio``: the efficiency part is paid while the rollouts of the last 10 steps, at the budget nearest to the
+    deployed one, keep more than this share of the visual tokens: once there, the training is for the accuracy. Null:
+    always paid.
     ``gate``: when C is 1; ``always`` leaves it out. ``shuffle``: the costs of a step are dealt out to its rollouts at
     random, a control.
     """
@@ -274,12 +275,13 @@ class SelectionPolicyParams(_Section):
 
     ``credit``: what judges a layer's selection. ``joint``: the rollout's reward, as its tokens are. ``layer``: the
     same reward with the layer's own ratio in the place of the mean over layers, so that a layer is not paid for what
-    the others drew.
+    the others drew. ``layer_by_share``: the same, times what the layer keeps relative to the mean over layers: pushed
+    most where most is left, and least in layers that keep little already.
     """
 
     sigma: NonNegativeFloat = 0.5
     weight: NonNegativeFloat = 0.01
-    credit: Literal["layer", "joint"] = "layer"
+    credit: Literal["layer", "layer_by_share", "joint"] = "layer"
 
 
 class LoraParams(_Section):

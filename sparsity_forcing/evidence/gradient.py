@@ -106,14 +106,14 @@ def why_not(params: Params) -> str | None:
     if not params.train.selection_policy.sigma:
         return "the gradient through the selection needs train.selection_policy.sigma above 0, got 0"
     config = params.train
-    for name, value, known in (
+    for name, value, *known in (
         ("scale_rewards", config.scale_rewards, "group"),
-        ("selection_policy.credit", config.selection_policy.credit, "layer"),
+        ("selection_policy.credit", config.selection_policy.credit, "layer", "layer_by_share"),
         ("reward.cost", config.reward.cost, "token_ratio"),
         ("reward.shuffle", config.reward.shuffle, False),
     ):
-        if value != known:
-            return f"the advantages are taken apart for train.{name} {known} only, got {value}"
+        if value not in known:
+            return f"the advantages are taken apart for train.{name} {' or '.join(map(str, known))} only, got {value}"
     return None
 
 
@@ -169,9 +169,11 @@ def _advantages(scores: Tensor, rollouts: Rollouts, config: TrainParams) -> dict
 
     if config.selection_policy.sigma:
         by_layer = [tuple(apart(of_layer)) for of_layer in layers]
+        by_share = config.selection_policy.credit == "layer_by_share"
+        share = layers.mean(1, keepdim=True) / layers.mean() if by_share else 1.0
         return {
-            "correct_selection": (no_tokens, torch.stack([part for part, _ in by_layer])),
-            "efficiency_selection": (no_tokens, torch.stack([part for _, part in by_layer])),
+            "correct_selection": (no_tokens, share * torch.stack([part for part, _ in by_layer])),
+            "efficiency_selection": (no_tokens, share * torch.stack([part for _, part in by_layer])),
         }
     of_correct, of_efficiency = apart(rollouts.token_ratio.cpu())
     plain = group_advantages(1 - ratio, "none").flatten()

@@ -88,10 +88,12 @@ def credit(
     layers = facts.layer_ratio
     if not config.selection_policy.sigma:
         selection = layers.new_zeros(0, layers.shape[1])
-    elif config.selection_policy.credit == "layer":
-        selection = torch.stack([judged(ratio)[1].flatten() for ratio in layers])
-    else:
+    elif config.selection_policy.credit == "joint":
         selection = advantages.flatten().expand(len(layers), -1)
+    else:
+        selection = torch.stack([judged(ratio)[1].flatten() for ratio in layers])
+        if config.selection_policy.credit == "layer_by_share":
+            selection = selection * (layers.mean(1, keepdim=True) / layers.mean())
     return Credit(rewards, advantages, selection)
 
 

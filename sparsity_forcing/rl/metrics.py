@@ -35,14 +35,18 @@ def step_metrics(step: int, facts: Facts, rewards: Rewards, advantages: Tensor) 
     }
     for budget in torch.unique(facts.p):
         rows = facts.p == budget
-        name = f"p{float(budget):.3f}"
-        metrics[f"{name}/accuracy"] = correct[rows].mean()
-        metrics[f"{name}/visual_token_ratio"] = facts.visual_token_ratio[rows].nanmean()
-        metrics[f"{name}/reward"] = total[rows].mean()
-        metrics[f"{name}/advantage"] = advantages.flatten()[rows].mean()
+        metrics[budget_metric(budget, "accuracy")] = correct[rows].mean()
+        metrics[budget_metric(budget, "visual_token_ratio")] = facts.visual_token_ratio[rows].nanmean()
+        metrics[budget_metric(budget, "reward")] = total[rows].mean()
+        metrics[budget_metric(budget, "advantage")] = advantages.flatten()[rows].mean()
     for layer, ratio in enumerate(facts.layer_visual_ratio.nanmean(-1)):
         metrics[f"layer{layer:02d}/visual_token_ratio"] = ratio
     return {name: float(value) if isinstance(value, Tensor) else value for name, value in metrics.items()}
+
+
+def budget_metric(budget: float | Tensor, name: str) -> str:
+    """The name of a metric of the rollouts at this budget, which is a float32 there."""
+    return f"p{float(torch.as_tensor(budget, dtype=torch.float32)):.3f}/{name}"
 
 
 def replay_metrics(differences: Tensor) -> dict[str, float]:

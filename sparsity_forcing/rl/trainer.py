@@ -39,7 +39,7 @@ from sparsity_forcing.rl.cost import cost_model
 from sparsity_forcing.rl.errors import TrainingError, explained_memory
 from sparsity_forcing.rl.facts import Credit, Facts, counts, credit
 from sparsity_forcing.rl.master_weights import adamw
-from sparsity_forcing.rl.metrics import sample_table, step_metrics
+from sparsity_forcing.rl.metrics import budget_metric, sample_table, step_metrics
 from sparsity_forcing.rl.parts import Part
 from sparsity_forcing.rl.replay import Replay
 from sparsity_forcing.rl.requirements import arithmetic, prompts_together, require_trainable
@@ -51,6 +51,7 @@ from sparsity_forcing.rl.validation import validate
 from sparsity_forcing.scoring import score_function
 
 _log = logging.getLogger(__name__)
+TARGET_WINDOW = 10  # steps whose mean says whether the target is reached
 REPLAY_LIMIT = 1e-5  # of |rollout − replay| in float32; more means that the replay is not the rollout
 
 
@@ -226,10 +227,14 @@ class Trainer:
 
     @property
     def _reached_target(self) -> bool:
-        """Whether the last validation, if there was one, kept at most the target's share."""
-        name, target = "validation_visual_token_ratio", self.config.reward.target_ratio
-        kept = next((row[name] for row in reversed(self.history) if name in row), 1.0)
-        return target is not None and kept <= target
+        """Whether the rollouts of the last steps at the budget nearest to the deployed one kept at most the target."""
+        budget, target = (
+            min(self.config.budgets, key=lambda p: abs(p - self.sparsity.p)),
+            self.config.reward.target_ratio,
+        )
+        name = budget_metric(budget, "visual_token_ratio")
+        kept = [row[name] for row in self.history[-TARGET_WINDOW:] if name in row]
+        return target is not None and bool(kept) and sum(kept) / len(kept) <= target
 
     def _micro_batches(self, parts: list[Part], facts: Facts, judged: Credit) -> list[MicroBatch]:
         """What the update goes through, with the reference's log-probabilities."""

@@ -290,9 +290,10 @@ def test_what_these_parameters_do_not_allow_is_left_out(prepared, monkeypatch):
     assert "sparsity.prefill suffix" in (prepared / "docs/evidence.md").read_text()
 
 
-def test_the_parts_of_an_advantage_add_up_to_it():
+@pytest.mark.parametrize("kind", ["layer", "layer_by_share"])
+def test_the_parts_of_an_advantage_add_up_to_it(kind):
     """What is taken apart is what the trainer uses."""
-    params = load_params(ROOT / "params.yaml")
+    params = Arm("own", "", {"selection_policy": {"credit": kind}}).params(load_params(ROOT / "params.yaml"))
     ratios = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
     scores = (torch.rand(16, generator=torch.Generator().manual_seed(1)) > 0.4).float()
     p = torch.tensor(params.train.budgets).repeat(2)

@@ -91,6 +91,15 @@ def test_a_layer_is_paid_for_its_own_part_of_the_cost():
     )
 
 
+def test_by_share_a_layer_is_pushed_for_what_it_keeps_beside_the_others():
+    scene = facts([1, 0, 1, 1], [0.5, 0.6, 0.7, 0.8])  # layers keep 0.55 and 0.75, on average 0.65
+    by_share = {"credit": "layer_by_share"}
+    plain, found = (credit(scene, params(selection_policy=policy)) for policy in ({}, by_share))
+    share = torch.tensor([[0.55], [0.75]]) / 0.65
+    torch.testing.assert_close(found.selection_advantages, plain.selection_advantages * share)
+    assert torch.equal(found.advantages, plain.advantages)
+
+
 def test_the_weights_of_a_decode_step_are_those_it_reads(tiny):
     model, _ = tiny
     config = model.config.text_config

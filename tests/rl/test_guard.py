@@ -74,12 +74,18 @@ def test_above_the_target_the_sparsest_step_within_the_guard_is_the_policy(tmp_p
     assert trainer.best["step"] == 2
 
 
-def test_efficiency_is_paid_until_a_validation_reaches_the_target_and_again_above_it(tmp_path, monkeypatch):
-    options = {"validate_every": 1, "steps": 4, "reward": {"correct": "scenes:always_right", "target_ratio": 0.25}}
-    trainer = trainer_of(tmp_path, **options)
-    validations(monkeypatch, trainer, [(0.9, 0.2), (0.9, 0.25), (0.9, 0.26), (0.9, 0.24), (0.9, 0.3)])
-    paid = [row["reward_efficiency"] for row in trainer.train()]
-    assert [value > 0 for value in paid] == [True, False, True, False]  # the start is no validation of the training
+def test_efficiency_is_paid_while_the_rollouts_keep_more_than_the_target(tmp_path):
+    """At the budget nearest to the deployed one, 0.9: on average over the last ten steps."""
+    options = {"steps": 4, "reward": {"correct": "scenes:always_right"}}
+    kept = [row["p0.900/visual_token_ratio"] for row in trainer_of(tmp_path / "free", **options).train()]
+    means = [sum(kept[:steps]) / steps for steps in (1, 2, 3)]
+    options["reward"]["target_ratio"] = target = sorted(means)[1]  # reached in one or two of the three
+    rows = trainer_of(tmp_path / "aimed", **options).train()
+    kept = [row["p0.900/visual_token_ratio"] for row in rows]
+    means = [sum(kept[:steps]) / steps for steps in (1, 2, 3)]
+    paid = [row["reward_efficiency"] > 0 for row in rows]
+    assert paid == [True, *(mean > target for mean in means)]
+    assert not all(paid)
 
 
 def validations(monkeypatch, trainer: Trainer, found: list[tuple[float, float]]) -> None:
