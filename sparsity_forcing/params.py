@@ -255,8 +255,8 @@ class RewardParams(_Section):
     ``cost``, relative to dense attention: the ``token_ratio`` (the paper's); the ``cache_bytes``, generated tokens
     included; or the ``latency`` of a decode step that ``latency_batch`` answers share, modelled by the bytes it reads.
     ``target_ratio``: the efficiency part is paid while the rollouts of the last 10 steps, at the budget nearest to the
-    deployed one, keep more than this share of the visual tokens: once there, the training is for the accuracy. Null:
-    always paid.
+    deployed one, keep more than this share of the visual tokens: once there, the training is for the accuracy. With
+    ``selection_policy.sigma`` above 0 they keep less than is kept at deployment. Null: always paid.
     ``gate``: when C is 1; ``always`` leaves it out. ``shuffle``: the costs of a step are dealt out to its rollouts at
     random, a control.
     """
