@@ -21,6 +21,8 @@ SCENES = {
     "all weights": {"freeze_vision": False},
     "little memory": {"gradient_checkpointing": True, "logits_chunk": 5, "loss_type": "dapo"},
     "adapters": {"lora": {"r": 4}},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "bfloat16 adapters": {"dtype": torch.bfloat16, "lora": {"r": 4}},
     "resumed": {"lr_scheduler_type": "constant_with_warmup"},  # the same rate in the first half of more steps
 }
 

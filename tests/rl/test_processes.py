@@ -16,7 +16,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from process_worker import SCENES, train
-from runs import timeless
+from runs import timeless, trainer_of
 from safetensors.torch import load_file
 from test_train_stage import newest, prepared  # noqa: F401  (a fixture)
 
@@ -79,7 +79,20 @@ def trained_by_two(request, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("scene", ["bfloat16", "bfloat16 adapters"])
+def test_processes_of_a_bfloat16_model_stay_together_and_learn(trained_by_two, tmp_path, scene):
+    """Against one process rounding decides too much: only that both have the same weights, and finite steps."""
+    untrained = trainer_of(tmp_path, dtype=torch.bfloat16).model.state_dict()
+    ranks = [load_file(trained_by_two / scene / f"rank-{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in untrained)
+    assert {value.dtype for value in ranks[0].values()} == {torch.bfloat16}
+    assert any(not torch.equal(ranks[0][name], value) for name, value in untrained.items())
+    history = json.loads((trained_by_two / scene / "rank-0.json").read_text())["history"]
+    assert [row["skipped_steps"] for row in history] == [0] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scene", [scene for scene in SCENES if not scene.startswith("bfloat16")])
 def test_two_processes_end_with_the_weights_of_one(trained_by_two, tmp_path, scene):
     expected, alone = train(tmp_path, scene)
     ranks = [load_file(trained_by_two / scene / f"rank-{rank}.safetensors") for rank in (0, 1)]
