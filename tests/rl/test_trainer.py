@@ -228,7 +228,9 @@ def test_what_cannot_be_trained_is_refused(tmp_path, changes, message):
 
 def test_a_sharded_engine_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("sparsity_forcing.rl.requirements.PARALLEL", ())
-    with pytest.raises(TrainingError, match=r"in one process or data-parallel, not under NO: .* presets/accelerate/"):
+    with pytest.raises(
+        TrainingError, match=r"in one process, data-parallel or under FSDP2, not under NO; .* presets/accelerate/"
+    ):
         trainer_of(tmp_path)
 
 

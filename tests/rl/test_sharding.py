@@ -1,0 +1,55 @@
+"""Which FSDP configurations the training refuses, and in what precision its sharded copy is. Runs: test_processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from tiny_prompts import sharp_model
+
+from sparsity_forcing.rl.errors import TrainingError
+from sparsity_forcing.rl.sharding import learner_of, require_shardable
+
+GOOD = {"fsdp_version": 2, "auto_wrap_policy": "no_wrap", "cpu_ram_efficient_loading": False}
+
+
+def launched(precision: str = "no", **changes) -> SimpleNamespace:
+    """What is looked at of an Accelerator under FSDP; accelerate makes one where there are accelerators alone."""
+    plugin = FullyShardedDataParallelPlugin(**GOOD | changes)
+    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision=precision)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"auto_wrap_policy": "transformer_based_wrap"}, "shards with fsdp_auto_wrap_policy: NO_WRAP, as"),
+        ({"activation_checkpointing": True}, "shards with fsdp_activation_checkpointing: false, as"),
+        ({"precision": "bf16"}, 'shards with mixed_precision: "no", as'),
+    ],
+)
+def test_what_the_training_cannot_run_under_is_told_with_the_setting_that_it_can(changes, told):
+    require_shardable(launched())
+    with pytest.raises(TrainingError, match=told):
+        require_shardable(launched(**changes))
+
+
+def test_a_bfloat16_model_learns_in_float32_and_computes_in_bfloat16():
+    model, accelerator = sharp_model(dtype=torch.bfloat16)[0], launched()
+    model.lm_head.requires_grad_(False)
+    learner = learner_of(model, accelerator)
+    for (name, whole), own in zip(model.named_parameters(), learner.parameters(), strict=True):
+        assert whole.dtype == torch.bfloat16, name
+        assert own.dtype == (torch.float32 if own.requires_grad else torch.bfloat16), name
+        assert torch.equal(own.bfloat16(), whole), name
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_a_float32_model_is_copied_as_it_is():
+    model, accelerator = sharp_model(dtype=torch.float32)[0], launched()
+    learner = learner_of(model, accelerator)
+    assert learner is not model
+    assert {parameter.dtype for parameter in learner.parameters()} == {torch.float32}
+    assert accelerator.state.fsdp_plugin.mixed_precision_policy is None
