@@ -114,7 +114,7 @@ def pretrain(
     ends with the weights of a run that was not.
 
     Raises:
-        ModelError: the loss is no longer finite.
+        ModelError: the loss is no longer finite, or a phase is not learned in `at_most` steps.
     """
     phases = params.curriculum
     total = sum(phase.steps for phase in phases)

@@ -95,7 +95,7 @@ def _pretrain_with_progress(model, processor, params: Params, checkpoints: Check
 
         def on_step(step: Step) -> None:
             progress.advance(step.number, loss=step.loss, accuracy=step.accuracy)
-            if step.number % LOG_EVERY == 0:
+            if step.number % LOG_EVERY == 0 or step.number == step.total:
                 run.metrics({"base/loss": step.loss, "base/answer_accuracy": step.accuracy}, step=step.number)
 
         return pretrain(model, processor, params.model, params.seed, checkpoints, on_step)
