@@ -96,8 +96,8 @@ ARMS = {
         Arm("scale_none", "advantages not scaled", {"scale_rewards": "none"}),
         Arm("sigma_0.25", "less noise in the selection", {"selection_policy": {"sigma": 0.25}}),
         Arm("sigma_1", "more noise in the selection", {"selection_policy": {"sigma": 1.0}}),
-        Arm("weight_0.0025", "half the weight of the selection term", {"selection_policy": {"weight": 0.0025}}),
-        Arm("weight_0.01", "twice the weight of the selection term", {"selection_policy": {"weight": 0.01}}),
+        Arm("weight_0.01", "half the weight of the selection term", {"selection_policy": {"weight": 0.01}}),
+        Arm("weight_0.04", "twice the weight of the selection term", {"selection_policy": {"weight": 0.04}}),
         Arm(
             "group_2",
             "groups of 2, as many rollouts",
