@@ -58,12 +58,15 @@ def learner_of(model, accelerator: Accelerator):
 
     learner = copy.deepcopy(model)
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    if any(parameter.dtype == torch.bfloat16 for parameter in trained):
+    rounded = any(parameter.dtype == torch.bfloat16 for parameter in trained)
+    if rounded:
         for parameter in trained:
             parameter.data = parameter.data.float()
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(  # the plugin is one for the process
+        param_dtype=torch.bfloat16 if rounded else None,
+        reduce_dtype=torch.float32 if rounded else None,
+        cast_forward_inputs=False,
+    )
     return learner
 
 

@@ -164,7 +164,7 @@ def test_gradients_of_a_small_base(prepared, monkeypatch):
     assert gradient.measure(params, prepared, draws=3) == found  # nothing to do
     with pytest.raises(ParamsError, match=r"needs train\.selection_policy\.sigma above 0"):
         gradient.measure(ARMS["literal"].params(params), prepared)
-    with pytest.raises(ParamsError, match=r"train\.selection_policy\.credit layer only, got joint"):
+    with pytest.raises(ParamsError, match=r"train\.selection_policy\.credit layer or layer_by_share only, got joint"):
         gradient.measure(ARMS["layers_joint"].params(params), prepared)
 
 

@@ -47,9 +47,11 @@ def test_a_bfloat16_model_learns_in_float32_and_computes_in_bfloat16():
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
 
 
-def test_a_float32_model_is_copied_as_it_is():
+def test_a_float32_model_is_copied_as_it_is_even_after_a_bfloat16_model():
     model, accelerator = sharp_model(dtype=torch.float32)[0], launched()
+    learner_of(sharp_model(dtype=torch.bfloat16)[0], accelerator)
     learner = learner_of(model, accelerator)
     assert learner is not model
     assert {parameter.dtype for parameter in learner.parameters()} == {torch.float32}
-    assert accelerator.state.fsdp_plugin.mixed_precision_policy is None
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (None, None)
