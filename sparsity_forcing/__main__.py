@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import sys
 from enum import Enum
@@ -48,9 +49,9 @@ def set_environment(params: Params, root: Path) -> None:
     """Defaults that must be the same whoever starts the stage; what the caller has set stays.
 
     One OpenMP thread: the same sums in the same order on every machine, and two threads on a busy two-core machine
-    were four times slower. For the model that is trained from scratch, no wider instructions than AVX2: a processor
-    that has them would round otherwise, and end with another model. The model hub is asked only when the model is on
-    it.
+    were four times slower. For the model that is trained from scratch, no wider instructions than AVX2 where there are
+    these: a processor that uses wider ones rounds otherwise, and ends with another model. The model hub is asked only
+    when the model is on it.
     """
     defaults = {
         "OMP_NUM_THREADS": "1",
@@ -66,10 +67,17 @@ def set_environment(params: Params, root: Path) -> None:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
-    if params.model.name == "scratch":
+    if params.model.name == "scratch" and _has_avx2():
         defaults |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def _has_avx2() -> bool:
+    """Of x86 under Linux; torch takes what it is told to use for given."""
+    processor = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)$", processor.read_text(), re.MULTILINE) if processor.exists() else None
+    return flags is not None and {"avx2", "fma"} <= set(flags[1].split())
 
 
 def explains_itself(error: Exception) -> bool:

@@ -174,7 +174,8 @@ class Phase(_Section):
 
     ``until``: it goes on until that share of the answers of its last 50 batches is right, for ``at_most`` steps; if it
     is not by then, the training ends with an error. When a small model sees through a task is chance, and what follows
-    is lost on one that has not.
+    is lost on one that has not. For phases that end, with ``steps`` steps each, in the first half of the curriculum: in
+    the second the learning rate falls.
     """
 
     steps: Positive
@@ -225,6 +226,18 @@ class ModelParams(_Section):
         return self
 
     @model_validator(mode="after")
+    def _open_ended_while_the_rate_is_constant(self) -> Self:
+        half, end = sum(phase.steps for phase in self.curriculum) // 2, 0
+        for number, phase in enumerate(self.curriculum, start=1):
+            end += phase.steps
+            if phase.until is not None and end > half:
+                raise ValueError(
+                    f"phase {number} of the curriculum ends at step {end} of {2 * half}, when the learning rate falls: "
+                    "until and at_most are for phases in the first half"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _last_phase_can_be_validated(self) -> Self:
         if self.name == "scratch":
             last = self.curriculum[-1]
@@ -256,7 +269,8 @@ class RewardParams(_Section):
     included; or the ``latency`` of a decode step that ``latency_batch`` answers share, modelled by the bytes it reads.
     ``target_ratio``: the efficiency part is paid while the rollouts of the last 10 steps, at the budget nearest to the
     deployed one, keep more than this share of the visual tokens: once there, the training is for the accuracy. With
-    ``selection_policy.sigma`` above 0 they keep less than is kept at deployment. Null: always paid.
+    ``selection_policy.sigma`` above 0 they keep a little less than is kept at deployment: aim below what is wanted
+    there. Null: always paid.
     ``gate``: when C is 1; ``always`` leaves it out. ``shuffle``: the costs of a step are dealt out to its rollouts at
     random, a control.
     """
@@ -317,8 +331,8 @@ class TrainParams(_Section):
 
     ``accuracy_guard``: the policy handed back is that of the validated step which keeps the fewest tokens among those
     whose accuracy at the deployment budget is at most this much below the start's; with ``reward.target_ratio`` the
-    most accurate of those that keep at most so many, where there are such. ``stop_below_guard``: so many validations in
-    a row below the guard end the training; 0 never.
+    most accurate of those where the rollouts had reached it, if there are such. ``stop_below_guard``: so many
+    validations in a row below the guard end the training; 0 never.
     """
 
     steps: Positive = 350

@@ -41,6 +41,14 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
+    def grow(self, total: int) -> None:
+        """The work turned out to be ``total`` long."""
+        if total == self.total:
+            return
+        self.total = total
+        if self._live is not None:
+            self._live.update(self._task, total=total)
+
     def advance(self, done: int, **numbers: float) -> None:
         """``done`` of the total are finished; ``numbers`` are shown beside it."""
         text = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())

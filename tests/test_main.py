@@ -64,10 +64,20 @@ def test_a_place_that_dvc_does_not_see_is_refused_before_the_stage(workspace, st
     assert not (workspace / "data").exists()
 
 
-@pytest.mark.parametrize("preset, capability", [("smoke", "avx2"), ("qwen2.5-vl-7b", None)])
-def test_what_is_trained_from_scratch_rounds_alike_on_every_processor(preset, capability, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "preset, processor, capability",
+    [
+        ("smoke", "flags\t\t: fpu avx avx2 fma avx512f\n", "avx2"),
+        ("smoke", "flags\t\t: fpu avx fma\n", None),
+        ("smoke", "CPU implementer\t: 0x41\n", None),
+        ("qwen2.5-vl-7b", "flags\t\t: fpu avx avx2 fma\n", None),
+    ],
+)
+def test_what_is_trained_from_scratch_is_held_to_avx2(preset, processor, capability, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", {})
-    set_environment(load_params(ROOT / "presets" / f"{preset}.yaml"), tmp_path)
+    params = load_params(ROOT / "presets" / f"{preset}.yaml")
+    monkeypatch.setattr(Path, "read_text", lambda path: processor)
+    set_environment(params, tmp_path)
     assert os.environ.get("ATEN_CPU_CAPABILITY") == capability
     assert os.environ.get("ONEDNN_MAX_CPU_ISA") == os.environ.get("MKL_CBWR") == (capability and capability.upper())
 

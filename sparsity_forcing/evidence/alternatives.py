@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -16,6 +17,7 @@ from sparsity_forcing.generation.forward import run_prefix, run_rest, token_logp
 from sparsity_forcing.models.prompts import answer_tokens
 from sparsity_forcing.params import TrainParams
 from sparsity_forcing.rl.errors import TrainingError
+from sparsity_forcing.rl.sharding import is_sharded
 from sparsity_forcing.rl.trainer import Trainer
 
 Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -64,7 +66,7 @@ class Supervised(Trainer):
 
     def __init__(self, *args: object, penalty: Penalty | None = None, weight: float = 0.0) -> None:
         super().__init__(*args)
-        require_one_pass(self.config)
+        require_one_pass(self.config, self.accelerator)
         self.penalty, self.weight = penalty, weight
 
     def learn(self, rows: Sequence[Row]) -> tuple[dict[str, float], Callable[[], list[dict]]]:
@@ -101,7 +103,7 @@ class Preferences(Trainer):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
-        require_one_pass(self.config)
+        require_one_pass(self.config, self.accelerator)
         if not self.config.beta:
             raise TrainingError("DPO needs the dense reference: set train.beta above 0, got 0")
 
@@ -132,8 +134,10 @@ class Preferences(Trainer):
         return metrics | {"seconds": time.perf_counter() - began}, list
 
 
-def require_one_pass(config: TrainParams) -> None:
-    """Raises TrainingError where the parameters ask for more than one pass a step."""
+def require_one_pass(config: TrainParams, accelerator: Accelerator) -> None:
+    """Raises TrainingError where the parameters ask for more than one pass a step, or where the weights are sharded."""
+    if is_sharded(accelerator):
+        raise TrainingError("an alternative trains whole weights; start it without presets/accelerate/fsdp.yaml")
     if config.num_iterations != 1 or config.rollout_prompts is not None:
         raise TrainingError(
             "an alternative takes one pass a step: set train.num_iterations to 1 and leave train.rollout_prompts out, "

@@ -74,7 +74,7 @@ ARMS = {
         Arm(
             "literal",
             "the paper's objective as written: token log-probabilities alone, plain group advantages",
-            {"selection_policy": {"sigma": 0.0}, "center_by_budget": False},
+            {"selection_policy": {"sigma": 0.0}, "center_by_budget": False, "reward": {"target_ratio": None}},
         ),
         Arm("no_efficiency", "is it the efficiency reward, or sampling alone?", {"reward": {"weight_efficiency": 0.0}}),
         Arm("shuffled", "every rollout is paid for a cost drawn from the whole step", {"reward": {"shuffle": True}}),
@@ -85,7 +85,11 @@ ARMS = {
             {"lora": {"targets": ["q_proj", "k_proj"]}},
         ),
         Arm("undistorted", "trained on the scans that the base was trained on", rows="undistorted"),
-        Arm("no_target", "paid for fewer tokens to the end", {"reward": {"target_ratio": None}}),
+        Arm(
+            "no_target",
+            "paid for fewer tokens to the end, the sparsest step chosen",
+            {"reward": {"target_ratio": None}},
+        ),
         Arm("layers_alike", "every layer's selection pushed alike", {"selection_policy": {"credit": "layer"}}),
         Arm("layers_joint", "a layer's selection paid the joint reward", {"selection_policy": {"credit": "joint"}}),
         Arm("raw_advantages", "without centring by budget", {"center_by_budget": False}),

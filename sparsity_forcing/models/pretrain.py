@@ -170,8 +170,8 @@ def _ends(phase: Phase, at: Position, params: ModelParams) -> bool:
         return False
     raise ModelError(
         f"phase {at.phase + 1} of model.curriculum is right on {mean(at.recent):.1%} of its questions after "
-        f"{phase.at_most} steps, `until` asks for {phase.until:.1%}; raise at_most, lower model.learning_rate "
-        f"({params.learning_rate}), or try another seed"
+        f"{phase.at_most} steps, `until` asks for {phase.until:.1%}; raise at_most and it goes on from here, or lower "
+        f"model.learning_rate ({params.learning_rate}), or try another seed"
     )
 
 
@@ -230,7 +230,8 @@ def configuration_fingerprint(model: PreTrainedModel, processor: ProcessorMixin,
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    decisive = params.model_dump(mode="json", include={"scratch", "curriculum", "learning_rate", "warmup_steps"})
+    decisive = params.model_dump(mode="json", include={"scratch", "learning_rate", "warmup_steps"})
+    decisive["curriculum"] = [phase.model_dump(mode="json", exclude={"at_most"}) for phase in params.curriculum]
     made_by = {"code": code_digest(CODE), "versions": versions(PACKAGES)}
     return fingerprint({"params": decisive, "seed": seed, "tensors": digest.hexdigest(), **made_by})
 

@@ -20,6 +20,12 @@ def to_pil(image: bytes | Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
+def pixels(images: Sequence[bytes | Image.Image]) -> int:
+    """Pixels of all images together, read from their headers."""
+    opened = [Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image for image in images]
+    return sum(image.width * image.height for image in opened)
+
+
 def question_messages(question: str, images: Sequence[bytes | Image.Image]) -> list[dict]:
     """The conversation of one question: images first, then the question."""
     content = [{"type": "image", "image": image} for image in images]

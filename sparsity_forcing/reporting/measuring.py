@@ -16,7 +16,7 @@ from sparsity_forcing.lineage import hardware
 from sparsity_forcing.methods import Full, Method, sparse_method
 from sparsity_forcing.models.families import visual_token_ids
 from sparsity_forcing.models.load import load
-from sparsity_forcing.models.prompts import encode_prompts, to_device, to_pil
+from sparsity_forcing.models.prompts import encode_prompts, pixels, to_device
 from sparsity_forcing.params import Params
 from sparsity_forcing.reporting.content import BASE_ARM, DENSE_ARM, POLICY_ARM, Measured
 from sparsity_forcing.reporting.efficiency import Arm, measure, summarise
@@ -90,7 +90,7 @@ def decode_prompts(params: Params, rows: Sequence[Row]) -> list[tuple[list[str],
     """Batches of (questions, images): one per grid of the digits source, or the user's largest prompts."""
     size = params.report.decode_batch_size
     if params.data.source != "digits":
-        largest = sorted(rows, key=lambda row: sum(to_pil(image).width * to_pil(image).height for image in row.images))
+        largest = sorted(rows, key=lambda row: pixels(row.images))
         chosen = largest[-size:]
         return [([row.question for row in chosen], [list(row.images) for row in chosen])]
     digits, scans = params.data.digits, load_scans("test")

@@ -2,9 +2,10 @@
 state are divided over the processes.
 
 What rolls out, validates and is the reference stays whole on every device: an answer may be longer in one process than
-in another, and none waits inside. The `learner` is the copy that is sharded; the update gathers its weights once for a
-step's pass and its backward, not layer by layer: completions use keys and values of the visual prefix, which no layer's
-output shows, so FSDP's hooks on layers would free weights that the backward pass still needs.
+in another, and none waits inside. The `learner` is the copy that is sharded; frozen weights are not copied, the learner
+has those of the model. The update gathers the trained weights once for a step's pass and its backward, not layer by
+layer: completions use keys and values of the visual prefix, which no layer's output shows, so FSDP's hooks on layers
+would free weights that the backward pass still needs.
 """
 
 from __future__ import annotations
@@ -50,24 +51,47 @@ def require_shardable(accelerator: Accelerator) -> None:
 
 
 def learner_of(model, accelerator: Accelerator):
-    """The copy of ``model`` whose trained weights are sharded, before `Accelerator.prepare`.
+    """The copy of ``model`` whose trained weights are sharded, before `Accelerator.prepare`; it shares the frozen ones.
 
     A bfloat16 model's are float32 in it, so that small updates are not rounded away; passes compute in bfloat16.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    learner = copy.deepcopy(model)
+    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    learner = copy.deepcopy(model, memo=dict(frozen))
     trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     rounded = any(parameter.dtype == torch.bfloat16 for parameter in trained)
     if rounded:
         for parameter in trained:
             parameter.data = parameter.data.float()
-    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(  # the plugin is one for the process
+    plugin = accelerator.state.fsdp_plugin  # one for the process
+    plugin.ignored_modules = [
+        module
+        for module in learner.modules()
+        if (own := list(module.parameters(recurse=False))) and all(id(parameter) in frozen for parameter in own)
+    ]
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if rounded else None,
         reduce_dtype=torch.float32 if rounded else None,
         cast_forward_inputs=False,
     )
     return learner
+
+
+def reduce_unused(replay) -> None:
+    """Weights that a process' rows do not need, of a tower where no row has an image, count as a gradient of zero.
+
+    Else the processes would reduce gradients of different sizes.
+
+    Raises:
+        TrainingError: this torch cannot.
+    """
+    if not hasattr(replay, "set_reduce_scatter_unused_params"):
+        raise TrainingError(
+            f"torch {torch.__version__} cannot shard a vision tower that some rows do not use: set "
+            "train.freeze_vision: true, or install torch 2.13"
+        )
+    replay.set_reduce_scatter_unused_params(True)
 
 
 @torch.no_grad()

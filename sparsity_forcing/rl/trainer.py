@@ -44,7 +44,7 @@ from sparsity_forcing.rl.parts import Part
 from sparsity_forcing.rl.replay import Replay
 from sparsity_forcing.rl.requirements import arithmetic, prompts_together, require_trainable
 from sparsity_forcing.rl.sampler import Sampler
-from sparsity_forcing.rl.sharding import gather, is_sharded, learner_of
+from sparsity_forcing.rl.sharding import gather, is_sharded, learner_of, reduce_unused
 from sparsity_forcing.rl.stopping import StopSignal
 from sparsity_forcing.rl.update import MicroBatch, Updater
 from sparsity_forcing.rl.validation import validate
@@ -111,6 +111,8 @@ class Trainer:
             self.sampler.attention_dtype,
         )
         replay, optimizer = self.accelerator.prepare(self.passes, self.optimizer)
+        if is_sharded(self.accelerator) and not config.freeze_vision:
+            reduce_unused(replay)
         self.accelerator.register_for_checkpointing(self.schedule)
         self.updater = Updater(self.accelerator, replay, optimizer, self.schedule, config)
         self.history: list[dict] = []
@@ -162,6 +164,7 @@ class Trainer:
     def _one_step(self) -> None:
         rows = self._own(rows_of_step(self.rows, self.step, self.config.prompts_per_step, self.seed))
         metrics, table = self.learn(rows)
+        self._follow_learner()
         self.step += 1
         metrics |= {"learning_rate": self.schedule.get_last_lr()[0], "skipped_steps": self.updater.skipped_steps}
         if self.step == 1:
@@ -193,7 +196,6 @@ class Trainer:
             batches = self._micro_batches(parts, facts, judged)
             clock.append(time.perf_counter())
             updated = self.updater.update(batches, self.step + 1)
-            self._follow_learner()
         clock.append(time.perf_counter())
         metrics = step_metrics(self.step + 1, facts, judged.rewards, judged.advantages) | updated
         if config.beta == 0:
@@ -277,21 +279,15 @@ class Trainer:
     def _validate_and_keep_best(self) -> dict[str, float]:
         """Validates; stores the weights if no validated step within the accuracy guard is better, see `_rank`."""
         found = self.validate()
+        candidate = {"step": self.step, "reached_target": self._reached_target, **found}
         start = self.history[0] if self.history else self._start
         within = found["accuracy"] >= start["start_accuracy"] - self.config.accuracy_guard
         self._below_guard = 0 if within else self._below_guard + 1
-        if within and (self.best is None or self._rank(found) < self._rank(self.best)):
-            self.best = {"step": self.step, **found}
+        if within and (self.best is None or _rank(candidate) < _rank(self.best)):
+            self.best = candidate
             if self.accelerator.is_main_process:
                 self.checkpoints.save_best(self.step, self._write_weights)
         return found
-
-    def _rank(self, found: dict) -> tuple[float, ...]:
-        """Lower is better: the fewer tokens kept; below a target the higher accuracy."""
-        target = self.config.reward.target_ratio
-        if target is None or found["visual_token_ratio"] > target:
-            return 1.0, found["token_ratio"]
-        return 0.0, -found["accuracy"]
 
     @property
     def _stays_below_guard(self) -> bool:
@@ -406,3 +402,10 @@ class Trainer:
                 "see what was sampled; later steps are not named",
                 self.step, difference, REPLAY_LIMIT,
             )  # fmt: skip
+
+
+def _rank(validated: dict) -> tuple[float, ...]:
+    """Of a validated step, lower is better: the fewer tokens kept; once the target was reached the higher accuracy."""
+    if validated["reached_target"]:
+        return 0.0, -validated["accuracy"], validated["token_ratio"]
+    return 1.0, validated["token_ratio"]

@@ -16,6 +16,7 @@ from sparsity_forcing.params import TrainParams
 from sparsity_forcing.rl.loss import LossInputs, Totals, grpo_loss
 from sparsity_forcing.rl.metrics import replay_metrics
 from sparsity_forcing.rl.parts import Part
+from sparsity_forcing.rl.sharding import is_sharded
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class Updater:
         differences = []
         for batch in batches:
             rollouts, last = batch.part.rollouts, batch is batches[-1]
-            with nullcontext() if last else self.accelerator.no_sync(self.replay):
+            accumulates = not (last or is_sharded(self.accelerator))  # sharded, gradients stay divided
+            with self.accelerator.no_sync(self.replay) if accumulates else nullcontext():
                 logps, selection_logps = self.replay(batch.part.prompts, rollouts, batch.part.group)
                 inputs = LossInputs(
                     logps,
@@ -80,7 +82,13 @@ class Updater:
         return dict(zip(sums, values, strict=True)) | {"grad_norm": grad_norm}, self._gathered(torch.cat(differences))
 
     def take_step(self, step: int) -> float:
-        """Clips and steps, unless the gradient is not finite; the norm before clipping."""
+        """Clips and steps, unless the gradient is not finite; the norm before clipping.
+
+        A weight that no row of the step needed, of a vision tower without images, has a gradient of zero.
+        """
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         grad_norm = float(self.accelerator.clip_grad_norm_(self.trained, self.config.max_grad_norm))
         if math.isfinite(grad_norm):
             self.optimizer.step()

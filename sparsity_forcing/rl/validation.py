@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sparsity_forcing.data.schema import Row
+from sparsity_forcing.models.prompts import pixels
 from sparsity_forcing.rl.batches import share_of
 from sparsity_forcing.rl.sampler import Sampler
 
@@ -17,17 +18,22 @@ VALIDATED = ("accuracy", "token_ratio", "visual_token_ratio")
 
 @torch.no_grad()
 def answered(sampler: Sampler, rows: Sequence[Row], score: Callable[[str, str], float]) -> Tensor:
-    """(rows, 3) float64: score, token ratio and visual token ratio (1 without images) of every row's answer."""
+    """(rows, 3) float64: score, token ratio and visual token ratio (1 without images) of every row's answer.
+
+    Rows with images of about one size share a batch, so that little of it is padding.
+    """
     size = sampler.config.validation_batch_size
+    order = sorted(range(len(rows)), key=lambda place: (pixels(rows[place].images), len(rows[place].question)))
     parts = []
     for start in range(0, len(rows), size):
-        part = rows[start : start + size]
+        part = [rows[place] for place in order[start : start + size]]
         found = sampler.deployed(part)
         scores = [score(text, row.answer) for text, row in zip(sampler.texts(found), part, strict=True)]
         visual = found.visual_token_ratio.nan_to_num(1.0)
         columns = [torch.tensor(scores), found.token_ratio.cpu(), visual.cpu()]
         parts.append(torch.stack([column.double() for column in columns], dim=1))
-    return torch.cat(parts) if parts else torch.zeros(0, 3, dtype=torch.float64)
+    found = torch.zeros(len(rows), 3, dtype=torch.float64)
+    return found.index_copy(0, torch.tensor(order, dtype=torch.long), torch.cat(parts)) if parts else found
 
 
 def validate(

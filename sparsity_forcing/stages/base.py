@@ -59,7 +59,7 @@ def _train(params: Params, root: Path, run: Run) -> dict:
     key = configuration_fingerprint(model, processor, params.model, params.seed)
     checkpoints = Checkpoints(root / CHECKPOINTS, key)
     model.to(pick_device(params.model.device))
-    seconds = _pretrain_with_progress(model, processor, params, checkpoints, run)
+    steps, seconds = _pretrain_with_progress(model, processor, params, checkpoints, run)
 
     rows = validation_questions(params.model.curriculum[-1], params.model.validation_rows, params.seed)
     scores = validate(model, processor, rows)
@@ -80,25 +80,30 @@ def _train(params: Params, root: Path, run: Run) -> dict:
     with replace_directory(root / BASE) as directory:
         model.save_pretrained(directory)
         processor.save_pretrained(directory)
-        metrics = {**describe(directory), "seconds": round(seconds, 1), "validation": validation}
+        metrics = {**describe(directory), "steps": steps, "seconds": round(seconds, 1), "validation": validation}
     return metrics
 
 
-def _pretrain_with_progress(model, processor, params: Params, checkpoints: Checkpoints, run: Run) -> float:
+def _pretrain_with_progress(model, processor, params: Params, checkpoints: Checkpoints, run: Run) -> tuple[int, float]:
+    """Steps and seconds that the training took, of the runs it goes on from too."""
     total = sum(phase.steps for phase in params.model.curriculum)
     found = checkpoints.latest()
     done = found[0] if found else 0
     if done:
-        print(f"base: going on after step {done:,} of {total:,}")
+        print(f"base: going on after step {done:,}")
 
     with Progress("base", total) as progress:
 
         def on_step(step: Step) -> None:
+            nonlocal done
+            done = step.number
+            progress.grow(step.total)
             progress.advance(step.number, loss=step.loss, accuracy=step.accuracy)
             if step.number % LOG_EVERY == 0 or step.number == step.total:
                 run.metrics({"base/loss": step.loss, "base/answer_accuracy": step.accuracy}, step=step.number)
 
-        return pretrain(model, processor, params.model, params.seed, checkpoints, on_step)
+        seconds = pretrain(model, processor, params.model, params.seed, checkpoints, on_step)
+    return done, seconds
 
 
 def _accuracy(scores: Sequence[float]) -> dict:

@@ -20,6 +20,7 @@ from sparsity_forcing.lineage import hardware
 from sparsity_forcing.models.load import load, pick_device
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
+from sparsity_forcing.rl.errors import TrainingError
 from sparsity_forcing.rl.identity import identity
 from sparsity_forcing.rl.sharding import launched_sharded
 from sparsity_forcing.rl.trainer import Trainer
@@ -41,6 +42,8 @@ def run(params: Params, root: Path) -> dict:
     """
     require_inputs(root, {BASE: "base", TRAIN: "prepare", VALIDATION: "prepare"})
     process = PartialState(cpu=pick_device(params.model.device).type == "cpu")
+    if launched_sharded() and process.device.type == "cpu":
+        raise TrainingError("accelerate shards on accelerators only; on the CPU use presets/accelerate/cpu-2proc.yaml")
     logging.basicConfig(level=logging.INFO if process.is_main_process else logging.ERROR, format="%(message)s")
     tracker = Tracker(params.tracking, root) if process.is_main_process else None
     made_by = identity(params, root, process.num_processes, launched_sharded())
@@ -81,6 +84,8 @@ def _recorded(tracker: Tracker | None, params: Params, root: Path) -> Iterator[R
         "sparse.p": params.sparsity.p,
         "selection_policy.sigma": config.selection_policy.sigma,
         "selection_policy.weight": config.selection_policy.weight,
+        "selection_policy.credit": config.selection_policy.credit,
+        "reward.target_ratio": config.reward.target_ratio,
         "learning_rate": config.learning_rate,
         "num_generations": config.num_generations,
         "steps": config.steps,

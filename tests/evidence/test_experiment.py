@@ -114,20 +114,21 @@ def test_a_result_is_current_until_something_that_decides_it_changes(prepared):
 
 
 def test_hard_questions_are_those_the_base_gets_wrong(prepared, monkeypatch):
-    """By a score that half of the answers earn."""
+    """By a score that some of the questions earn whatever is answered."""
     params = load_params(prepared / "params.yaml")
     rows = read_rows(prepared / "data/prepared/train.parquet")
-    asked = iter(range(10**6))
-    monkeypatch.setattr(experiment, "score_function", lambda name: lambda said, answer: float(next(asked) % 2))
+    monkeypatch.setattr(experiment, "score_function", lambda name: lambda said, answer: float(ord(answer[-1]) % 2))
+    wrong = [row.id for row in rows if ord(row.answer[-1]) % 2 == 0]
+    assert 0 < len(wrong) < len(rows)
     model, processor = load(prepared / "models/base", "float32", "cpu")
     found = experiment.wrongly_answered(model, processor, rows, params)
-    assert [row.id for row in found] == [row.id for row in rows[::2]]
+    assert [row.id for row in found] == wrong
     seen = {}
     trainer = lambda model, processor, rows, *rest: seen.update(rows=rows) or 1 / 0  # noqa: E731
     monkeypatch.setitem(OBJECTIVES, "grpo", trainer)
     with pytest.raises(ZeroDivisionError):
         run_arm(Arm("hard", "", rows="hard"), params, prepared)
-    assert [row.id for row in seen["rows"]] == [row.id for row in rows[::2]]
+    assert [row.id for row in seen["rows"]] == wrong
 
 
 def test_undistorted_questions_show_the_scans_as_they_are(prepared, monkeypatch):

@@ -265,6 +265,26 @@ def test_an_open_phase_has_a_goal_and_a_limit(wrong, told):
         Phase(steps=3, **wrong)
 
 
+def test_an_open_phase_ends_before_the_learning_rate_falls():
+    one, two = Phase(steps=2, until=0.5, at_most=9), Phase(steps=2)
+    ModelParams(curriculum=(one, two))
+    with pytest.raises(ValueError, match="phase 2 of the curriculum ends at step 4 of 4, when the learning rate falls"):
+        ModelParams(curriculum=(two, one))
+
+
+def test_a_phase_that_took_too_many_steps_goes_on_with_more(processor, monkeypatch, tmp_path):
+    def checkpoints(params: ModelParams) -> Checkpoints:
+        return Checkpoints(tmp_path, configuration_fingerprint(fresh(processor), processor, params, 0))
+
+    steps, short, long = [], gated(0.9, at_most=55), gated(0.9, at_most=90)
+    accuracies(monkeypatch, [0.5] * 55)
+    with pytest.raises(ModelError, match="raise at_most and it goes on from here"):
+        pretrain(fresh(processor), processor, short, 0, checkpoints(short))
+    accuracies(monkeypatch, [1.0] * 60)
+    pretrain(fresh(processor), processor, long, 0, checkpoints(long), steps.append)
+    assert steps[0].number == 41  # a checkpoint every 20 steps
+
+
 def test_validation_asks_about_every_task_and_grid_and_scores_what_is_generated(processor):
     rows = validation_questions(PARAMS.curriculum[-1], count=12, seed=0)
     assert {row.split for row in rows} == {"validation"}

@@ -57,17 +57,23 @@ def test_one_validation_above_the_guard_starts_the_count_anew(tmp_path, monkeypa
     assert len(trainer.train()) == 4
 
 
-def test_below_the_target_the_most_accurate_step_within_the_guard_is_the_policy(tmp_path, monkeypatch):
-    options = {"accuracy_guard": 0.1, "validate_every": 1, "steps": 5, "reward": {"target_ratio": 0.25}}
-    trainer = trainer_of(tmp_path, **options)
-    validations(monkeypatch, trainer, [(0.9, 0.95), (0.9, 0.3), (0.85, 0.24), (0.88, 0.245), (0.7, 0.1), (0.88, 0.2)])
+def test_where_the_target_was_reached_the_most_accurate_step_within_the_guard_is_the_policy(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, accuracy_guard=0.1, validate_every=1, steps=5)
+    found = [(0.9, 0.95), (0.9, 0.3), (0.85, 0.24), (0.88, 0.26), (0.88, 0.25), (0.7, 0.1)]
+    validations(monkeypatch, trainer, found)
+    monkeypatch.setattr(Trainer, "_reached_target", property(lambda trainer: trainer.step > 1))
     trainer.train()
-    assert trainer.best["step"] == 3
-    assert trainer.best["accuracy"] == 0.88
+    assert trainer.best == {
+        "step": 4,
+        "reached_target": True,
+        "accuracy": 0.88,
+        "token_ratio": 0.25,
+        "visual_token_ratio": 0.25,
+    }
 
 
 def test_above_the_target_the_sparsest_step_within_the_guard_is_the_policy(tmp_path, monkeypatch):
-    options = {"accuracy_guard": 0.1, "validate_every": 1, "steps": 3, "reward": {"target_ratio": 0.25}}
+    options = {"accuracy_guard": 0.1, "validate_every": 1, "steps": 3, "reward": {"target_ratio": 0.0}}
     trainer = trainer_of(tmp_path, **options)
     validations(monkeypatch, trainer, [(0.9, 0.95), (0.9, 0.5), (0.85, 0.4), (0.7, 0.2)])
     trainer.train()

@@ -24,6 +24,12 @@ def launched(precision: str = "no", **changes) -> SimpleNamespace:
 @pytest.mark.parametrize(
     "changes, told",
     [
+        ({"fsdp_version": 1}, "shards with fsdp_version: 2, as"),
+        ({"cpu_ram_efficient_loading": True}, "shards with fsdp_cpu_ram_efficient_loading: false, as"),
+        (
+            {"activation_checkpointing": True, "precision": "bf16"},
+            'shards with fsdp_activation_checkpointing: false, mixed_precision: "no", as',
+        ),
         ({"auto_wrap_policy": "transformer_based_wrap"}, "shards with fsdp_auto_wrap_policy: NO_WRAP, as"),
         ({"activation_checkpointing": True}, "shards with fsdp_activation_checkpointing: false, as"),
         ({"precision": "bf16"}, 'shards with mixed_precision: "no", as'),
@@ -45,6 +51,16 @@ def test_a_bfloat16_model_learns_in_float32_and_computes_in_bfloat16():
         assert torch.equal(own.bfloat16(), whole), name
     policy = accelerator.state.fsdp_plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_the_learner_shares_what_is_frozen_and_only_the_rest_is_sharded():
+    model, accelerator = sharp_model(dtype=torch.float32)[0], launched()
+    model.model.visual.requires_grad_(False)
+    learner = learner_of(model, accelerator)
+    for (name, whole), own in zip(model.named_parameters(), learner.parameters(), strict=True):
+        assert (whole is own) == (not whole.requires_grad), name
+    left_whole = {id(p) for part in accelerator.state.fsdp_plugin.ignored_modules for p in part.parameters()}
+    assert left_whole == {id(p) for p in model.model.visual.parameters()}
 
 
 def test_a_float32_model_is_copied_as_it_is_even_after_a_bfloat16_model():
