@@ -25,7 +25,7 @@ from sparsity_forcing.methods import Method
 
 # What decides an answer and its score, and the packages that do.
 CODE = (
-    *("attention", "data/schema.py", "evaluation", "methods", "models", "params.py", "scoring.py", "selection"),
+    *("attention", "data/schema.py", "evaluation", "methods", "models", "params", "scoring.py", "selection"),
     Path(sparsity_kernels.__file__).parent,
 )
 PACKAGES = ("lmms_eval", "torch", "transformers")
