@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import signal
 import sys
 from enum import Enum
@@ -17,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from sparsity_forcing.lineage import processor_field
 from sparsity_forcing.params import Params, load_params
 from sparsity_forcing.places import require_places
 from sparsity_forcing.stages import STAGES
@@ -67,17 +67,11 @@ def set_environment(params: Params, root: Path) -> None:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
-    if params.model.name == "scratch" and _has_avx2():
+    instructions = set((processor_field("flags") or "").split())
+    if params.model.name == "scratch" and {"avx2", "fma"} <= instructions:  # torch does not ask whether they are there
         defaults |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-
-
-def _has_avx2() -> bool:
-    """Of x86 under Linux; torch takes what it is told to use for given."""
-    processor = Path("/proc/cpuinfo")
-    flags = re.search(r"^flags\s*:(.*)$", processor.read_text(), re.MULTILINE) if processor.exists() else None
-    return flags is not None and {"avx2", "fma"} <= set(flags[1].split())
 
 
 def explains_itself(error: Exception) -> bool:

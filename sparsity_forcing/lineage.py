@@ -141,12 +141,18 @@ def hardware() -> str:
 
 
 def _processor_name() -> str:
+    return processor_field("model name") or platform.processor() or platform.machine()
+
+
+def processor_field(name: str) -> str | None:
+    """What Linux says of the first processor under ``name``; None where it says nothing, or the system is another."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    except OSError:
+        return None
+    return next(
+        (value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == name), None
+    )
 
 
 def _git(root: Path, *arguments: str) -> str | None:

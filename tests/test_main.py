@@ -11,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from sparsity_forcing import lineage
 from sparsity_forcing.__main__ import app, explains_itself, set_environment
 from sparsity_forcing.files import WriteError, write_text_atomic
 from sparsity_forcing.params import ParamsError, load_params, parse_params
@@ -67,16 +68,20 @@ def test_a_place_that_dvc_does_not_see_is_refused_before_the_stage(workspace, st
 @pytest.mark.parametrize(
     "preset, processor, capability",
     [
-        ("smoke", "flags\t\t: fpu avx avx2 fma avx512f\n", "avx2"),
+        ("smoke", "model name\t: x\nflags\t\t: fpu avx avx2 fma avx512f\n", "avx2"),
         ("smoke", "flags\t\t: fpu avx fma\n", None),
         ("smoke", "CPU implementer\t: 0x41\n", None),
+        ("smoke", None, None),
         ("qwen2.5-vl-7b", "flags\t\t: fpu avx avx2 fma\n", None),
     ],
 )
 def test_what_is_trained_from_scratch_is_held_to_avx2(preset, processor, capability, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", {})
     params = load_params(ROOT / "presets" / f"{preset}.yaml")
-    monkeypatch.setattr(Path, "read_text", lambda path: processor)
+    cpuinfo = tmp_path / "cpuinfo"
+    if processor is not None:
+        cpuinfo.write_text(processor)
+    monkeypatch.setattr(lineage, "Path", lambda path: cpuinfo)
     set_environment(params, tmp_path)
     assert os.environ.get("ATEN_CPU_CAPABILITY") == capability
     assert os.environ.get("ONEDNN_MAX_CPU_ISA") == os.environ.get("MKL_CBWR") == (capability and capability.upper())

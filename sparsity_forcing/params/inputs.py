@@ -182,12 +182,12 @@ class ModelParams(Section):
 
     @model_validator(mode="after")
     def _open_ended_while_the_rate_is_constant(self) -> Self:
-        half, end = sum(phase.steps for phase in self.curriculum) // 2, 0
+        total, end = sum(phase.steps for phase in self.curriculum), 0
         for number, phase in enumerate(self.curriculum, start=1):
             end += phase.steps
-            if phase.until is not None and end > half:
+            if phase.until is not None and end > total // 2:
                 raise ValueError(
-                    f"phase {number} of the curriculum ends at step {end} of {2 * half}, when the learning rate falls: "
+                    f"phase {number} of the curriculum ends at step {end} of {total}, when the learning rate falls: "
                     "until and at_most are for phases in the first half"
                 )
         return self

@@ -90,8 +90,8 @@ class TrainParams(Section):
 
     ``accuracy_guard``: the policy handed back is that of the validated step which keeps the fewest tokens among those
     whose accuracy at the deployment budget is at most this much below the start's; with ``reward.target_ratio`` the
-    most accurate of those where the rollouts had reached it, if there are such. ``stop_below_guard``: so many
-    validations in a row below the guard end the training; 0 never.
+    most accurate of those before which the rollouts of 10 steps kept at most that, if there are such.
+    ``stop_below_guard``: so many validations in a row below the guard end the training; 0 never.
     """
 
     steps: Positive = 350

@@ -157,7 +157,8 @@ def test_a_change_of_the_code_or_of_a_package_is_another_configuration(processor
 def test_the_code_in_the_fingerprint_is_all_that_decides_the_weights():
     """Every module that training runs, but those that only carry the result; families names an error, tiny's work (the
     initial weights, the tokenizer) and params' values are in the fingerprint themselves."""
-    around = {"files", "lineage", "checkpoints", "params", "models", "models.families", "models.tiny"}
+    around = {"files", "lineage", "checkpoints", "models", "models.families", "models.tiny"}
+    around |= {"params", "params.fields", "params.inputs", "params.measuring", "params.training"}
     named = {ROOT / "sparsity_forcing" / name for name in training.CODE}
     files = {module_file(module) for module in imported_modules("models.pretrain") - around}
     assert files - {ROOT / "sparsity_forcing/data/__init__.py"} == named

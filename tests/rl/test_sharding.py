@@ -10,7 +10,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from tiny_prompts import sharp_model
 
 from sparsity_forcing.rl.errors import TrainingError
-from sparsity_forcing.rl.sharding import learner_of, require_shardable
+from sparsity_forcing.rl.sharding import learner_of, reduce_unused, require_shardable
 
 GOOD = {"fsdp_version": 2, "auto_wrap_policy": "no_wrap", "cpu_ram_efficient_loading": False}
 
@@ -61,6 +61,11 @@ def test_the_learner_shares_what_is_frozen_and_only_the_rest_is_sharded():
         assert (whole is own) == (not whole.requires_grad), name
     left_whole = {id(p) for part in accelerator.state.fsdp_plugin.ignored_modules for p in part.parameters()}
     assert left_whole == {id(p) for p in model.model.visual.parameters()}
+
+
+def test_a_torch_that_cannot_shard_what_some_rows_do_not_use_is_told():
+    with pytest.raises(TrainingError, match=r"set train\.freeze_vision: true, or install torch 2\.13"):
+        reduce_unused(torch.nn.Linear(1, 1))
 
 
 def test_a_float32_model_is_copied_as_it_is_even_after_a_bfloat16_model():

@@ -25,6 +25,7 @@ from sparsity_forcing.inputs import InputError
 from sparsity_forcing.lineage import hardware
 from sparsity_forcing.params import DigitsParams, load_params, parse_params
 from sparsity_forcing.rl import identity as naming
+from sparsity_forcing.rl.errors import TrainingError
 from sparsity_forcing.rl.identity import identity
 from sparsity_forcing.stages.train import run
 
@@ -188,4 +189,10 @@ def test_the_metrics_name_the_device_that_was_used(prepared):
 def test_a_missing_input_is_named_with_the_stage_that_makes_it(prepared):
     (prepared / "data/prepared/validation.parquet").unlink()
     with pytest.raises(InputError, match=r"validation.parquet \(made by stage prepare\)"):
+        run(load_params(prepared / "params.yaml"), prepared)
+
+
+def test_a_sharded_launch_on_the_cpu_is_refused_with_the_configuration_that_runs(prepared, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(TrainingError, match=r"shards on accelerators only; .* presets/accelerate/cpu-2proc\.yaml"):
         run(load_params(prepared / "params.yaml"), prepared)

@@ -1,4 +1,4 @@
-"""Greedy answers in batches of prompts of one length, in the order of the questions."""
+"""Greedy answers in batches of prompts of about one length, in the order of the questions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 from runs import rows, trainer_of
 
 from sparsity_forcing.attention.api import decoder_attention
+from sparsity_forcing.data.digits_source import digits_row
+from sparsity_forcing.models.prompts import pixels
+from sparsity_forcing.params import DigitsParams
 from sparsity_forcing.rl.validation import answered
 
 
@@ -23,19 +26,17 @@ def test_answers_come_in_the_order_of_the_questions(tmp_path):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
 
 
-def test_prompts_of_one_length_share_a_batch(tmp_path, monkeypatch):
+def test_images_of_one_size_share_a_batch(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, validation_batch_size=4)
-    deployed, lengths = trainer.sampler.deployed, []
+    deployed, sizes = trainer.sampler.deployed, []
 
     def observed(part):
-        lengths.append({trainer.sampler.prompts([row]).length for row in part})
+        sizes.append([pixels(row.images) for row in part])
         return deployed(part)
 
-    asked = rows("validation", 8)
-    asked = sorted(asked, key=lambda row: len(row.question) % 3)  # mixed
     monkeypatch.setattr(trainer.sampler, "deployed", observed)
+    small, large = ([digits_row(DigitsParams(grids=(grid,)), 0, "validation", n) for n in range(4)] for grid in (4, 5))
     with decoder_attention(trainer.model):
-        answered(trainer.sampler, asked, length_of)
-    spans = [max(part) - min(part) for part in lengths]
-    everything = set.union(*lengths)
-    assert max(spans) < max(everything) - min(everything)
+        answered(trainer.sampler, [row for pair in zip(small, large, strict=True) for row in pair], length_of)
+    assert [len(set(batch)) for batch in sizes] == [1, 1]
+    assert sizes[0] < sizes[1]
