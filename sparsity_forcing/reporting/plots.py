@@ -73,21 +73,26 @@ def pareto(rows: Sequence[BenchmarkRow]) -> Drawing:
 
 
 def _label_budgets(axes: Axes, rows: Sequence[BenchmarkRow], colour: str, below: bool) -> None:
-    """Writes p beside each point, above or below its interval; neighbours too close to share a line are stacked."""
-    level, before = 0, -1.0
+    """Writes p beside each point; of neighbours too close to share a line, one under another beside all of them."""
+    neighbours: list[list[BenchmarkRow]] = []
     for row in rows:
-        level = level + 1 if row.visual_token_ratio - before < LABEL_WIDTH else 0
-        before = row.visual_token_ratio
-        axes.annotate(
-            "dense" if row.p == 1 else f"p = {row.p:g}",
-            (row.visual_token_ratio, row.accuracy_low if below else row.accuracy_high),
-            xytext=(0, (-1 if below else 1) * (5 + 11 * level)),
-            textcoords="offset points",
-            ha="center",
-            va="top" if below else "bottom",
-            fontsize=8.5,
-            color=colour,
-        )
+        if neighbours and row.visual_token_ratio - neighbours[-1][-1].visual_token_ratio < LABEL_WIDTH:
+            neighbours[-1].append(row)
+        else:
+            neighbours.append([row])
+    for group in neighbours:
+        edge = min(row.accuracy_low for row in group) if below else max(row.accuracy_high for row in group)
+        for level, row in enumerate(group):
+            axes.annotate(
+                "dense" if row.p == 1 else f"p = {row.p:g}",
+                (row.visual_token_ratio, edge),
+                xytext=(0, (-1 if below else 1) * (5 + 11 * level)),
+                textcoords="offset points",
+                ha="center",
+                va="top" if below else "bottom",
+                fontsize=8.5,
+                color=colour,
+            )
 
 
 def training(curve: pd.DataFrame) -> Drawing:
