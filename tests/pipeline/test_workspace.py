@@ -75,16 +75,19 @@ def test_stopping_the_flow_stops_the_stage_and_lets_it_save(toy_workspace):
     )
     flow = subprocess.Popen([sys.executable, "-c", code], cwd=root)
     wait_for(root / "started")
+    assert any("command.sh" in command for command in running_commands(root))
     flow.terminate()
     assert flow.wait(30) == 143
     assert (root / "checkpoint").read_text() == "saved\n"
-    assert not any("command.sh" in command for command in running_commands())
+    assert not any("command.sh" in command for command in running_commands(root))
 
 
-def running_commands() -> list[str]:
+def running_commands(root: Path) -> list[str]:
+    """Of the processes that work in ``root``; another workspace on the machine may run the same command."""
     import psutil
 
-    return [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    processes = psutil.process_iter(["cmdline", "cwd"])
+    return [" ".join(found.info["cmdline"] or []) for found in processes if found.info["cwd"] == str(root.resolve())]
 
 
 def test_parameters_are_checked_before_anything_runs(toy_workspace):
