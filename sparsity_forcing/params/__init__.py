@@ -107,8 +107,8 @@ class Params(Section):
     def _grids_hold_what_is_drawn_on_them(self) -> Self:
         if self.data.source == "digits":
             with_shares = "drawn with the shares of data.digits, "
-            self.data.digits.require_room(self.profile.grids, f"profile.grids: {with_shares}")
-            self.data.digits.require_room(self.report.decode_grids, f"report.decode_grids: {with_shares}")
+            self.data.digits.require_room(self.profile.grids, what=f"profile.grids: {with_shares}")
+            self.data.digits.require_room(self.report.decode_grids, what=f"report.decode_grids: {with_shares}")
         return self
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from sparsity_forcing.params.fields import (
+    AtLeastTwo,
     Grid,
+    Name,
     NonEmptyUnique,
     NonNegative,
     Positive,
@@ -21,43 +23,43 @@ from sparsity_forcing.params.fields import (
 COLOURED_DIGITS = 4  # on a canvas of the digits source
 
 
-def _require_room(
-    grids: tuple[int, ...], coloured: int, grey_share: float, clutter_share: float, what: str = ""
-) -> None:
-    """A canvas holds its coloured and grey digits and its clutter; ``what`` opens the message if it does not."""
-    for grid in grids:
-        cells = grid * grid
-        taken = coloured + round(grey_share * cells) + round(clutter_share * cells)
-        if taken > cells:
-            raise ValueError(
-                f"{what}a {grid}x{grid} grid has {cells} cells, too few for {taken}: {coloured} coloured digits, "
-                f"grey_share {grey_share} and clutter_share {clutter_share}; lower a share or take a larger grid"
-            )
+class Canvas(Section):
+    """What the questions of the digits source are drawn on, and which are asked."""
+
+    grids: NonEmptyUnique[Grid] = (8,)
+    tasks: NonEmptyUnique[Task] = ("read", "count", "sum")
+    grey_share: Share = 0.1
+    clutter_share: Share = 0.16
+
+    def require_room(self, grids: tuple[int, ...], coloured: int = COLOURED_DIGITS, what: str = "") -> None:
+        """Raises ValueError, opening with ``what``, unless a canvas of each of ``grids`` holds what is drawn on it."""
+        for grid in grids:
+            cells = grid * grid
+            taken = coloured + round(self.grey_share * cells) + round(self.clutter_share * cells)
+            if taken > cells:
+                raise ValueError(
+                    f"{what}a {grid}x{grid} grid has {cells} cells, too few for {taken}: {coloured} coloured digits, "
+                    f"grey_share {self.grey_share} and clutter_share {self.clutter_share}; lower a share or take a "
+                    "larger grid"
+                )
 
 
-class DigitsParams(Section):
+class DigitsParams(Canvas):
     """The embedded source: splits of rendered questions, the same share of every task and grid.
 
     ``distorted``: the scans of the training questions go through `data.digits.distort`; those of other splits never do.
     """
 
     grids: NonEmptyUnique[Grid] = (8, 12)
-    tasks: NonEmptyUnique[Task] = ("read", "count", "sum")
     train_rows: Positive = 4096
     validation_rows: Positive = 384
     test_rows: Positive = 2400
-    grey_share: Share = 0.1
-    clutter_share: Share = 0.16
     distorted: bool = False
 
     @model_validator(mode="after")
     def _room_for_coloured_digits(self) -> Self:
         self.require_room(self.grids)
         return self
-
-    def require_room(self, grids: tuple[int, ...], what: str = "") -> None:
-        """Raises ValueError, opening with ``what``, unless a canvas of each of ``grids`` holds what is drawn on it."""
-        _require_room(grids, COLOURED_DIGITS, self.grey_share, self.clutter_share, what)
 
 
 class UserDataParams(Section):
@@ -124,7 +126,7 @@ class ScratchModel(Section):
         return self
 
 
-class Phase(Section):
+class Phase(Canvas):
     """One phase of the curriculum: a mixture of grids and tasks, trained for some steps.
 
     ``until``: it goes on until that share of the answers of its last 50 batches is right, for ``at_most`` steps; if it
@@ -137,11 +139,7 @@ class Phase(Section):
     until: Share | None = None
     at_most: Positive | None = None
     batch_size: Positive = 32
-    grids: NonEmptyUnique[Grid] = (8,)
-    tasks: NonEmptyUnique[Task] = ("read", "count", "sum")
-    grey_share: Share = 0.1
-    clutter_share: Share = 0.16
-    coloured: Annotated[int, Field(ge=2)] = COLOURED_DIGITS
+    coloured: AtLeastTwo = COLOURED_DIGITS
 
     @model_validator(mode="after")
     def _open_ended_up_to_a_limit(self) -> Self:
@@ -153,7 +151,7 @@ class Phase(Section):
 
     @model_validator(mode="after")
     def _room_for_coloured_digits(self) -> Self:
-        _require_room(self.grids, self.coloured, self.grey_share, self.clutter_share)
+        self.require_room(self.grids, self.coloured)
         return self
 
 
@@ -163,7 +161,7 @@ class ModelParams(Section):
     The model trained from scratch is validated on the grids, tasks and shares of the last phase of its curriculum.
     """
 
-    name: str = Field(default="scratch", min_length=1)
+    name: Name = "scratch"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     scratch: ScratchModel = ScratchModel()
@@ -197,5 +195,5 @@ class ModelParams(Section):
         if self.name == "scratch":
             last = self.curriculum[-1]
             what = "the model is validated on the last phase of the curriculum, with all coloured digits: "
-            _require_room(last.grids, COLOURED_DIGITS, last.grey_share, last.clutter_share, what)
+            last.require_room(last.grids, what=what)
         return self

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from sparsity_forcing.params.fields import (
+    AtLeastTwo,
     Budget,
     Grid,
     Impl,
+    Name,
     NonEmptyUnique,
     NonNegative,
     Positive,
@@ -81,11 +79,11 @@ class ReportParams(Section):
     kept_rows: Positive = 96
     decode_grids: NonEmptyUnique[Grid] = (8, 12, 24)
     decode_batch_size: Positive = 4
-    decode_tokens: Annotated[int, Field(ge=2)] = 32
+    decode_tokens: AtLeastTwo = 32
     decode_repetitions: Positive = 7
 
 
 class TrackingParams(Section):
-    experiment: str = Field(default="sparsity-forcing", min_length=1)
-    registered_model: str = Field(default="sparsity-forcing-policy", min_length=1)
-    alias: str = Field(default="candidate", min_length=1)
+    experiment: Name = "sparsity-forcing"
+    registered_model: Name = "sparsity-forcing-policy"
+    alias: Name = "candidate"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from sparsity_forcing.params.fields import (
+    AtLeastTwo,
     Budget,
+    Name,
     NonEmptyUnique,
     NonNegative,
     NonNegativeFloat,
@@ -34,7 +36,7 @@ class RewardParams(Section):
     random, a control.
     """
 
-    correct: str = Field(default="exact_match", min_length=1)
+    correct: Name = "exact_match"
     weight_efficiency: NonNegativeFloat = 1.0
     target_ratio: Share | None = None
     cost: Literal["token_ratio", "cache_bytes", "latency"] = "token_ratio"
@@ -90,13 +92,14 @@ class TrainParams(Section):
 
     ``accuracy_guard``: the policy handed back is that of the validated step which keeps the fewest tokens among those
     whose accuracy at the deployment budget is at most this much below the start's; with ``reward.target_ratio`` the
-    most accurate of those before which the rollouts of 10 steps kept at most that, if there are such.
+    most accurate of those before which the rollouts of 10 steps, at the budget nearest to the deployed one, kept at
+    most that, if there are such.
     ``stop_below_guard``: so many validations in a row below the guard end the training; 0 never.
     """
 
     steps: Positive = 350
     prompts_per_step: Positive = 8
-    num_generations: Annotated[int, Field(ge=2)] = 8
+    num_generations: AtLeastTwo = 8
     num_iterations: Positive = 1
     budgets: NonEmptyUnique[Budget] = (0.94, 0.945, 0.95, 0.955, 0.96, 0.965, 0.97, 0.975)
     learning_rate: PositiveFloat = 5e-4
@@ -124,7 +127,7 @@ class TrainParams(Section):
     logits_chunk: Positive | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: Positive = 50
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    keep_checkpoints: AtLeastTwo = 2
     validate_every: Positive = 25
     validation_rows: Positive = 384
     validation_batch_size: Positive = 48
