@@ -73,7 +73,7 @@ def pareto(rows: Sequence[BenchmarkRow]) -> Drawing:
 
 
 def _label_budgets(axes: Axes, rows: Sequence[BenchmarkRow], colour: str, below: bool) -> None:
-    """Writes p beside each point; of neighbours too close to share a line, one under another beside all of them."""
+    """Writes p above or below each point; beyond the intervals of all neighbours that are too close to share a line."""
     neighbours: list[list[BenchmarkRow]] = []
     for row in rows:
         if neighbours and row.visual_token_ratio - neighbours[-1][-1].visual_token_ratio < LABEL_WIDTH:
@@ -82,10 +82,14 @@ def _label_budgets(axes: Axes, rows: Sequence[BenchmarkRow], colour: str, below:
             neighbours.append([row])
     for group in neighbours:
         edge = min(row.accuracy_low for row in group) if below else max(row.accuracy_high for row in group)
-        for level, row in enumerate(group):
+        ends: list[float] = []  # of each line of labels, so that a line is used again where it is free
+        for row in group:
+            x = row.visual_token_ratio
+            level = next((place for place, end in enumerate(ends) if x - end >= LABEL_WIDTH), len(ends))
+            ends[level : level + 1] = [x]
             axes.annotate(
                 "dense" if row.p == 1 else f"p = {row.p:g}",
-                (row.visual_token_ratio, edge),
+                (x, edge),
                 xytext=(0, (-1 if below else 1) * (5 + 11 * level)),
                 textcoords="offset points",
                 ha="center",
