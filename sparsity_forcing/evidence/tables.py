@@ -102,7 +102,8 @@ def headline_text(results: dict[str, dict], turns: dict | None, p: str) -> Text 
         ways = turns["checkpoints"]["policy"]
         lost = {way: fmt.points(paired(ways[way]["scores"], ways["dense"]["scores"]).difference) for way in ways}
         sentences.append(
-            f"{second.capitalize()}, points against all tokens: {lost['pruned_cache']} over {WAYS['pruned_cache']}, "
+            f"{second.capitalize()}, points of the policy against its answers over all tokens: "
+            f"{lost['pruned_cache']} over {WAYS['pruned_cache']}, "
             f"{lost['dense_cache']} over {WAYS['dense_cache']}."
         )
     if missing:
