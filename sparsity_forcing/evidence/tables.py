@@ -102,9 +102,8 @@ def headline_text(results: dict[str, dict], turns: dict | None, p: str) -> Text 
         ways = turns["checkpoints"]["policy"]
         lost = {way: fmt.points(paired(ways[way]["scores"], ways["dense"]["scores"]).difference) for way in ways}
         sentences.append(
-            f"{second.capitalize()}, points of the policy against its answers over all tokens: "
-            f"{lost['pruned_cache']} over {WAYS['pruned_cache']}, "
-            f"{lost['dense_cache']} over {WAYS['dense_cache']}."
+            f"{second.capitalize()} changes the policy's accuracy by {lost['pruned_cache']} points where only what the "
+            f"first one kept is left, by {lost['dense_cache']} where it selects for itself from the dense visual prefix."
         )
     if missing:
         sentences.append(f"Not measured, among others: {'; '.join(missing)}.")

@@ -66,14 +66,17 @@ def speed(cpu: dict | None, gpu: dict | None, trl: dict | None = None) -> str:
                 low, high = ratio["range"]
                 lines.append(f"| {cells} | {arm} | {ratio['median']:.2f} × ({low:.2f}–{high:.2f}) |")
                 cells = "〃 | 〃"
-    made_on = [bench["manifest"] for bench in (cpu, gpu, trl) if bench is not None]
-    lines += ["", *dict.fromkeys(_made_on(manifest) for manifest in made_on)]
+    lines += ["", *_made_on([bench["manifest"] for bench in (cpu, gpu, trl) if bench is not None])]
     return "\n".join(lines)
 
 
-def _made_on(manifest: dict) -> str:
-    versions = [f"{name} {manifest['versions'][name]}" for name in ("torch", "trl") if name in manifest["versions"]]
-    return f"Measured on {manifest['hardware']}, {', '.join(versions)}."
+def _made_on(manifests: list[dict]) -> list[str]:
+    """A line for each machine, with the versions that were used there."""
+    versions: dict[str, list[str]] = {}
+    for manifest in manifests:
+        here = versions.setdefault(manifest["hardware"], [])
+        here += [f"{name} {manifest['versions'][name]}" for name in ("torch", "trl") if name in manifest["versions"]]
+    return [f"Measured on {hardware}, {', '.join(dict.fromkeys(used))}." for hardware, used in versions.items()]
 
 
 def _setting(setting: dict) -> str:

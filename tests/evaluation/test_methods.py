@@ -45,11 +45,16 @@ def test_methods_travel_between_processes(method):
     assert len({method, pickle.loads(pickle.dumps(method))}) == 1
 
 
-def test_rows_to_compare_are_dense_and_the_rule_at_every_budget():
+def test_rows_to_compare_are_dense_and_then_by_rule_and_budget():
     assert rows_to_compare(SETTINGS, (0.94, 0.975)) == (Full(), TopP(0.94, SETTINGS), TopP(0.975, SETTINGS))
-    baselines = (Baseline(p=0.5), Baseline(rule="top_k", p=0.2))
-    expected = (Full(), TopP(0.975, SETTINGS), TopP(0.5, SETTINGS), TopK(0.2, SETTINGS))
-    assert rows_to_compare(SETTINGS, (0.975,), baselines) == expected
+    baselines = (Baseline(rule="top_k", p=0.2), Baseline(p=0.5), Baseline(rule="threshold", p=0.9))
+    expected = (
+        Full(),
+        *(TopP(p, SETTINGS) for p in (0.5, 0.94, 0.975)),
+        TopK(0.2, SETTINGS),
+        Threshold(0.9, SETTINGS),
+    )
+    assert rows_to_compare(SETTINGS, (0.94, 0.975), baselines) == expected
 
 
 @pytest.mark.parametrize("rule, kind", [("top_p", TopP), ("top_k", TopK), ("threshold", Threshold)])

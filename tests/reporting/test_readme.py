@@ -59,6 +59,10 @@ def test_every_case_is_a_line_and_what_was_not_measured_says_so():
     assert "| 〃 | 〃 | loop | 9.00 × (8.00–10.00) |" in block
     assert "| everything on a GPU | – | – | not measured; `make bench-gpu` measures it |" in block
     assert block.endswith("Measured on a machine, torch 2.0.")
+    trl = {"cases": {}, "manifest": {"hardware": "a machine", "versions": {"torch": "2.0", "trl": "1.0"}}}
+    other = {"cases": {}, "manifest": {"hardware": "a GPU", "versions": {"torch": "2.0"}}}
+    block = speed({"cases": {"decode": case}, "manifest": manifest}, other, trl)
+    assert block.endswith("\nMeasured on a machine, torch 2.0, trl 1.0.\nMeasured on a GPU, torch 2.0.")
 
 
 def test_only_what_is_between_the_markers_changes():
