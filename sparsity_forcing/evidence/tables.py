@@ -103,7 +103,7 @@ def headline_text(results: dict[str, dict], turns: dict | None, p: str) -> Text 
         lost = {way: fmt.points(paired(ways[way]["scores"], ways["dense"]["scores"]).difference) for way in ways}
         sentences.append(
             f"{second.capitalize()} changes the policy's accuracy by {lost['pruned_cache']} points where only what the "
-            f"first one kept is left, by {lost['dense_cache']} where it selects for itself from the dense visual prefix."
+            f"first one kept is left, by {lost['dense_cache']} where it selects anew from the dense visual prefix."
         )
     if missing:
         sentences.append(f"Not measured, among others: {'; '.join(missing)}.")
