@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from process_worker import SCENES, train
 from runs import timeless, trainer_of
 from safetensors.torch import load_file
-from test_train_stage import newest, prepared  # noqa: F401  (a fixture)
+from test_train_stage import STEPS, newest, prepared  # noqa: F401  (a fixture)
 
 from sparsity_forcing.rl.batches import share_of
 
@@ -140,7 +140,7 @@ def test_when_one_process_is_stopped_or_dies_the_other_ends_and_the_run_goes_on(
     assert output.count("resumed from") == 1
     assert (prepared / "models/policy/model.safetensors").exists()
     assert not (prepared / "checkpoints/train").exists()
-    assert json.loads((prepared / "metrics/train.json").read_text())["steps"] == 24
+    assert json.loads((prepared / "metrics/train.json").read_text())["steps"] == STEPS
     assert run_names(prepared) == ["train"] * 3
 
 

@@ -30,7 +30,7 @@ from sparsity_forcing.rl.identity import identity
 from sparsity_forcing.stages.train import run
 
 ROOT = Path(__file__).parents[2]
-STEPS = 24
+STEPS = 12
 
 
 @pytest.fixture
