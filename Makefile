@@ -64,12 +64,13 @@ clean:  ## Remove caches and scratch workspaces (data, models, runs and .venv st
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch by its exact version first, so that a machine that offers a CPU build of it gets that one.
+# torch by its exact version first, so that a machine that offers a CPU build of it gets that one. Python compiles what is
+# imported when it is imported: pip would take minutes to compile all of it.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	@echo "Installing the pinned environment into .venv (minutes, once)"
-	@.venv/bin/python -m pip install --quiet $(TORCH)
-	@.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[pipeline,dev]'
+	@.venv/bin/python -m pip install --quiet --no-compile $(TORCH)
+	@.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[pipeline,dev]'
 	@touch $@
