@@ -208,7 +208,7 @@ def _decode_verdict(lengths: Sequence[dict]) -> str:
         group = faster if ratio["high"] < 1 else slower if ratio["low"] > 1 else even
         group.append(f"{length['visual_tokens']:,}")
     parts = [
-        f"{verdict} at {' and '.join(counts)} visual tokens"
+        f"{verdict} at {', '.join(counts)} visual tokens"
         for verdict, counts in (("faster", faster), ("slower", slower), ("not clearly different", even))
         if counts
     ]
