@@ -86,6 +86,16 @@ def test_a_budget_is_found_wherever_it_stands_in_its_group():
         assert float(advantages[budgets == torch.tensor(budget)].mean()) == pytest.approx(0, abs=1e-6)
 
 
+def test_of_groups_of_two_nothing_is_left_where_the_same_budget_always_wins():
+    """Divided by its own deviation a group of two has one difference, whatever its rewards; of larger ones it stays."""
+    budgets = torch.tensor([0.94, 0.975]).expand(4, 2)
+    rewards = 1 + torch.tensor([[0.1, 0.05], [0.6, 0.1], [0.9, 0.2], [0.3, 0.2]])
+    assert group_advantages(rewards, "group", budgets).abs().max() < 1e-2
+    assert group_advantages(rewards, "none", budgets).abs().max() > 0.1
+    of_four = torch.cat([rewards, rewards.flip(0)], dim=1)
+    assert group_advantages(of_four, "group", budgets.repeat(1, 2)).abs().max() > 0.1
+
+
 def test_one_group_alone_is_not_centred_by_budget():
     budgets = torch.tensor([[0.9, 0.95]])
     assert group_advantages(torch.tensor([[2.0, 0.0]]), "none", budgets).tolist() == [[1.0, -1.0]]
