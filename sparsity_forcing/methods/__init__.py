@@ -31,7 +31,7 @@ def rows_to_compare(
     settings: SparsityParams, budgets: tuple[float, ...], baselines: tuple[Baseline, ...] = ()
 ) -> tuple[Method, ...]:
     """What every checkpoint is evaluated with: dense, then by rule (that of ``settings`` first) and by budget."""
-    rules = [*dict.fromkeys([settings.rule, *(other.rule for other in baselines)])]
-    pairs = [*((settings.rule, p) for p in budgets), *((other.rule, other.p) for other in baselines)]
-    pairs.sort(key=lambda pair: (rules.index(pair[0]), pair[1]))
-    return (Full(), *(_BY_RULE[rule](p=p, settings=settings) for rule, p in pairs))
+    methods = [sparse_method(settings, p) for p in budgets]
+    methods += [_BY_RULE[other.rule](p=other.p, settings=settings) for other in baselines]
+    rules = list(dict.fromkeys(method.rule for method in methods))
+    return (Full(), *sorted(methods, key=lambda method: (rules.index(method.rule), method.p)))

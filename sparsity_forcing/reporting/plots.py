@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -82,11 +83,13 @@ def _label_budgets(axes: Axes, rows: Sequence[BenchmarkRow], colour: str, below:
             neighbours.append([row])
     for group in neighbours:
         edge = min(row.accuracy_low for row in group) if below else max(row.accuracy_high for row in group)
-        ends: list[float] = []  # of each line of labels, so that a line is used again where it is free
+        latest: dict[
+            int, float
+        ] = {}  # where each line of labels has its last one: a line is used again where it is free
         for row in group:
             x = row.visual_token_ratio
-            level = next((place for place, end in enumerate(ends) if x - end >= LABEL_WIDTH), len(ends))
-            ends[level : level + 1] = [x]
+            level = next(line for line in count() if x - latest.get(line, -1.0) >= LABEL_WIDTH)
+            latest[level] = x
             axes.annotate(
                 "dense" if row.p == 1 else f"p = {row.p:g}",
                 (x, edge),

@@ -200,6 +200,11 @@ def _dense_spread(lengths: Sequence[dict]) -> float:
     return max((time["high"] - time["low"]) / time["median"] for time in times)
 
 
+def _listed(words: Sequence[str]) -> str:
+    """One, two and three."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
 def _decode_verdict(lengths: Sequence[dict]) -> str:
     """Says in words what the quartiles allow to be said."""
     faster, slower, even = [], [], []
@@ -208,7 +213,7 @@ def _decode_verdict(lengths: Sequence[dict]) -> str:
         group = faster if ratio["high"] < 1 else slower if ratio["low"] > 1 else even
         group.append(f"{length['visual_tokens']:,}")
     parts = [
-        f"{verdict} at {', '.join(counts)} visual tokens"
+        f"{verdict} at {_listed(counts)} visual tokens"
         for verdict, counts in (("faster", faster), ("slower", slower), ("not clearly different", even))
         if counts
     ]
