@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from sparsity_forcing.evaluation.table import AVERAGE, BenchmarkTable, load_table
 from sparsity_forcing.files import write_text_atomic
 from sparsity_forcing.methods import Full
 from sparsity_forcing.reporting import formatting as fmt
-from sparsity_forcing.reporting.content import perspective_text
+from sparsity_forcing.reporting.content import POLICY_ARM, perspective_text
 
 HEADER = "| model | attention | budget p | accuracy (95% interval) | visual tokens kept | all tokens kept |"
 
@@ -42,12 +43,28 @@ def results(table: BenchmarkTable, report: dict, train: dict) -> str:
         )
     lines += [
         "",
+        decode_text(report["efficiency"].values()),
+        "",
         f"Questions pooled over {', '.join(f'`{name}`' for name in benchmarks)}; one training seed, "
         f"{train['steps']} steps of {train['rollouts'] // train['steps']} rollouts in "
         f"{fmt.duration(train['seconds'])}. "
         f"Largest difference between rollout and replay log-probabilities: {train['replay_max_difference']:.1e}.",
     ]
     return "\n".join(lines)
+
+
+def decode_text(lengths: Iterable[dict]) -> str:
+    """What a decode step and the cache of the trained model are to the dense one's, by length."""
+    said = []
+    for length in sorted(lengths, key=lambda length: length["visual_tokens"]):
+        arm = length["arms"][POLICY_ARM]
+        time = arm["decode_ratio"]
+        said.append(
+            f"at {fmt.amount(length['visual_tokens'])} visual tokens {time['median']:.2f} times the dense one's time "
+            f"(quartiles {time['low']:.2f}–{time['high']:.2f}) and {fmt.percent(arm['cache_ratio'], 0)} of its cache, "
+            f"the first token {arm['prefill_ratio']['median']:.2f} times"
+        )
+    return f"A decode step of the trained model takes {'; '.join(said)}."
 
 
 def speed(cpu: dict | None, gpu: dict | None, trl: dict | None = None) -> str:
@@ -66,17 +83,14 @@ def speed(cpu: dict | None, gpu: dict | None, trl: dict | None = None) -> str:
                 low, high = ratio["range"]
                 lines.append(f"| {cells} | {arm} | {ratio['median']:.2f} × ({low:.2f}–{high:.2f}) |")
                 cells = "〃 | 〃"
-    lines += ["", *_made_on([bench["manifest"] for bench in (cpu, gpu, trl) if bench is not None])]
+    made_on = [bench["manifest"] for bench in (cpu, gpu, trl) if bench is not None]
+    lines += ["", *dict.fromkeys(_made_on(manifest) for manifest in made_on)]
     return "\n".join(lines)
 
 
-def _made_on(manifests: list[dict]) -> list[str]:
-    """A line for each machine, with the versions that were used there."""
-    versions: dict[str, list[str]] = {}
-    for manifest in manifests:
-        here = versions.setdefault(manifest["hardware"], [])
-        here += [f"{name} {manifest['versions'][name]}" for name in ("torch", "trl") if name in manifest["versions"]]
-    return [f"Measured on {hardware}, {', '.join(dict.fromkeys(used))}." for hardware, used in versions.items()]
+def _made_on(manifest: dict) -> str:
+    versions = [f"{name} {manifest['versions'][name]}" for name in ("torch", "trl") if name in manifest["versions"]]
+    return f"Measured on {manifest['hardware']}, {', '.join(versions)}."
 
 
 def _setting(setting: dict) -> str:
