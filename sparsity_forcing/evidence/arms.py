@@ -104,12 +104,12 @@ ARMS = {
         Arm("weight_0.04", "twice the weight of the selection term", {"selection_policy": {"weight": 0.04}}),
         Arm(
             "group_2",
-            "groups of 2, as many rollouts",
+            "groups of 2, of two budgets, as many rollouts",
             {"num_generations": 2, "prompts_per_step": 32, "budgets": [0.94, 0.975]},
         ),
         Arm(
             "group_4",
-            "groups of 4, as many rollouts",
+            "groups of 4, of four budgets, as many rollouts",
             {"num_generations": 4, "prompts_per_step": 16, "budgets": [0.94, 0.95, 0.965, 0.975]},
         ),
         Arm("budgets_wide", "budgets from 0.6 on", {"budgets": _spread(0.6, 0.975, 8)}, at_any_budget=True),

@@ -35,7 +35,7 @@ QUOTED = {
     "undistorted": "training questions about the scans as they are",
     "attention_weights": "adapters on queries and keys alone",
     "sft": "supervised fine-tuning",
-    "sft_relaxed_ratio": "the same with a relaxed token ratio in its loss",
+    "sft_relaxed_ratio": "fine-tuning with a relaxed token ratio in its loss",
     "dpo": "DPO",
 }
 WAYS = {

@@ -73,8 +73,9 @@ class LoraParams(Section):
 class TrainParams(Section):
     """The GRPO stage; names follow TRL where it has one.
 
-    The literal objective of the paper is ``selection_policy.sigma: 0`` *and* ``center_by_budget: false``; all other
-    defaults are settings that the paper leaves open (its clip range, beta, learning rate, lengths are not published).
+    The literal objective of the paper is ``selection_policy.sigma: 0`` *and* ``center_by_budget: false``, with no
+    ``reward.target_ratio``, which is the default; all other defaults are settings that the paper leaves open (its clip
+    range, beta, learning rate, lengths are not published).
 
     One step: ``prompts_per_step`` prompts, ``num_generations`` rollouts each, ``num_iterations`` updates on them
     (``warmup_steps`` counts updates). ``skip_all_wrong`` and ``mask_truncated_completions`` leave rollouts out of the
@@ -93,7 +94,7 @@ class TrainParams(Section):
     ``accuracy_guard``: the policy handed back is that of the validated step which keeps the fewest tokens among those
     whose accuracy at the deployment budget is at most this much below the start's; with ``reward.target_ratio`` the
     most accurate of those before which the rollouts of 10 steps, at the budget nearest to the deployed one, kept at
-    most that, if there are such.
+    most that, if there are such. With no step inside the guard it is that of the last step.
     ``stop_below_guard``: so many validations in a row below the guard end the training; 0 never.
     """
 
