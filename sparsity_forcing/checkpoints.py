@@ -1,8 +1,9 @@
 """Checkpoints of a long stage: whole or absent, verified when read, tied to what they belong to.
 
 `directory/<fingerprint>/step-000050/` holds what the stage wrote and `manifest.json` with the sha256 of every file. The
-fingerprint names everything that decides the stage's result: another configuration never resumes from it. Beside them
-`best-000045/` holds weights that the stage chose at a step; those that a kept checkpoint may name stay.
+fingerprint names everything that decides the stage's result: another configuration never resumes from it, and is told
+how it differs (`made_of.json` says what the fingerprint is of). Beside them `best-000045/` holds weights that the stage
+chose at a step; those that a kept checkpoint may name stay.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from sparsity_forcing.files import replace_directory, write_json_atomic
 from sparsity_forcing.lineage import file_digest
 
 _log = logging.getLogger(__name__)
-_MANIFEST = "manifest.json"
+_MANIFEST, _MADE_OF = "manifest.json", "made_of.json"
+_DIGEST = 64  # characters of a SHA-256
 
 
 def fingerprint(values: object, files: tuple[Path, ...] = ()) -> str:
@@ -36,12 +38,13 @@ class Checkpoints:
         directory: shared by all configurations of a stage.
         fingerprint: of this configuration.
         keep: how many of the newest stay; at least 2, so that a corrupted one has one before it.
+        made_of: what the fingerprint is of, as JSON; stored with the checkpoints, for `refused`.
     """
 
-    def __init__(self, directory: Path, fingerprint: str, keep: int = 2) -> None:
+    def __init__(self, directory: Path, fingerprint: str, keep: int = 2, made_of: dict | None = None) -> None:
         if keep < 2:
             raise ValueError(f"keep must be at least 2, got {keep}: the newest may turn out corrupted")
-        self.directory, self.keep = Path(directory) / fingerprint, keep
+        self.directory, self.keep, self.made_of = Path(directory) / fingerprint, keep, made_of
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Lets ``write`` fill a temporary directory, seals it with a manifest and renames it; drops the oldest."""
@@ -79,12 +82,24 @@ class Checkpoints:
         _log.warning("the chosen weights %s are corrupted (%s)", path, fault)
         return None
 
+    def refused(self) -> list[str]:
+        """A line for every other configuration that has checkpoints here: where they are, and what differs."""
+        lines = []
+        for other in sorted(self.directory.parent.glob("*")):
+            steps = [_step(path) for path in other.glob("step-*")]
+            if other != self.directory and steps:
+                differences = "; ".join(_differences(_made_of(other), self.made_of)) or "it is not known in what"
+                lines.append(f"{other} (step {max(steps)}) is of another configuration: {differences}")
+        return lines
+
     def clear(self) -> None:
         """Removes all checkpoints of the stage, those of other configurations too: the stage has its result."""
         shutil.rmtree(self.directory.parent, ignore_errors=True)
 
     def _save(self, kind: str, step: int, write: Callable[[Path], None]) -> Path:
         path = self.directory / f"{kind}-{step:06d}"
+        if self.made_of is not None and not (self.directory / _MADE_OF).exists():
+            write_json_atomic(self.directory / _MADE_OF, self.made_of)
         with replace_directory(path) as temporary:
             write(temporary)
             sums = {
@@ -101,6 +116,37 @@ class Checkpoints:
 
 def _step(path: Path) -> int:
     return int(path.name.partition("-")[2])
+
+
+def _made_of(directory: Path) -> dict:
+    try:
+        found = json.loads((directory / _MADE_OF).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _differences(there: dict, here: dict | None) -> list[str]:
+    """What two configurations differ in, by dotted name; nothing where one of them is not known."""
+    if not there or not here:
+        return []
+    old, new = _flat(there), _flat(json.loads(json.dumps(here, default=str)))
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        before, now = (values.get(name, "absent") for values in (old, new))
+        if before != now:
+            is_digest = any(isinstance(value, str) and len(value) == _DIGEST for value in (before, now))
+            both = "absent" not in (before, now)
+            lines.append(f"{name} has changed" if is_digest and both else f"{name} was {before}, is {now}")
+    return lines
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+    """Nested values by dotted name."""
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _fault(path: Path) -> str | None:

@@ -3,6 +3,7 @@ the machine."""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -96,7 +97,10 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def code_digest(paths: Sequence[Path | str]) -> str:
-    """SHA-256 over the names and the content of source files: changes when the code does, wherever it is installed.
+    """SHA-256 over the names and the code of source files: changes when the code does, wherever it is installed.
+
+    Comments, docstrings and layout are no code: a checkpoint outlives their edits. Another Python may read the same
+    source as another tree.
 
     Args:
         paths: modules or packages (folders, with all below them), by their path below this package (``rl``,
@@ -106,13 +110,27 @@ def code_digest(paths: Sequence[Path | str]) -> str:
         FileNotFoundError: one of them is not there.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent / path for path in paths):
+    for path in sorted((Path(__file__).parent / path for path in paths), key=lambda path: (path.name, path)):
         if not path.exists():
             raise FileNotFoundError(f"{path} is named as code that decides a result, but is not there")
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(f"{file.relative_to(path.parent).as_posix()}\0".encode())
-            digest.update(file_digest(file, "sha256").encode())
+            digest.update(_code_of(file).encode())
     return digest.hexdigest()
+
+
+def _code_of(file: Path) -> str:
+    """A Python file's syntax tree without docstrings; the text itself of what Python cannot read."""
+    source = file.read_text(encoding="utf-8")
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return source
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def file_digest(path: Path, algorithm: str) -> str:

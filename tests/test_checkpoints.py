@@ -172,3 +172,19 @@ def test_the_manifest_lists_every_file(checkpoints):
     manifest = json.loads((save(checkpoints, 5) / "manifest.json").read_text())
     assert manifest["step"] == 5
     assert sorted(manifest["sha256"]) == ["state.json", "weights/model.bin"]
+
+
+def test_what_another_configuration_differs_in_is_told(tmp_path):
+    digest = "0" * 64
+    there = {"train": {"beta": 6.0, "lora": {"r": 32}}, "files": {"models/base/model.safetensors": digest}}
+    save(Checkpoints(tmp_path, "abc", made_of=there), 20)
+    save(Checkpoints(tmp_path, "unknown"), 5)
+    here = {"train": {"beta": 0.2, "lora": None}, "files": {"models/base/model.safetensors": "1" * 64}}
+    checkpoints = Checkpoints(tmp_path, "def", made_of=here)
+    assert checkpoints.latest() is None
+    assert checkpoints.refused() == [
+        f"{tmp_path / 'abc'} (step 20) is of another configuration: files.models/base/model.safetensors has changed; "
+        "train.beta was 6.0, is 0.2; train.lora was absent, is None; train.lora.r was 32, is absent",
+        f"{tmp_path / 'unknown'} (step 5) is of another configuration: it is not known in what",
+    ]
+    assert Checkpoints(tmp_path, "abc", made_of=there).latest()[0] == 20

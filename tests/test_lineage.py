@@ -127,6 +127,11 @@ def test_a_code_digest_names_source_files_and_nothing_else(tmp_path):
     assert code_digest([first]) == code_digest([second])
     (first / "deep/b.py").write_text("b = 2\n")
     assert code_digest([first]) != code_digest([second])
+    before = code_digest([second])
+    (second / "a.py").write_text('"""What it is."""\n\na = (1)  # one\n')
+    assert code_digest([second]) == before  # the same code
+    (second / "a.py").write_text("a = 1 +\n")
+    assert code_digest([second]) != before
     assert code_digest([second / "a.py"]) != code_digest([second])
     assert len({code_digest(["rl"]), code_digest(["scoring.py"]), code_digest(["rl", "scoring.py"])}) == 3
     with pytest.raises(FileNotFoundError, match="no_such_package is named as code"):

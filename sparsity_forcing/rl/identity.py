@@ -8,7 +8,7 @@ import sparsity_kernels
 
 from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.inputs import BASE, TRAIN, VALIDATION
-from sparsity_forcing.lineage import code_digest, versions
+from sparsity_forcing.lineage import code_digest, file_digest, versions
 from sparsity_forcing.params import Params
 from sparsity_forcing.scoring import score_code
 
@@ -25,15 +25,23 @@ INDIFFERENT = {
 def identity(params: Params, root: Path, processes: int, sharded: bool = False) -> str:
     """Names all that decides the weights that come out: a checkpoint of anything else is not resumed from, nor is a
     ``sharded`` one where weights are whole."""
+    return fingerprint(decisive(params, root, processes, sharded))
+
+
+def decisive(params: Params, root: Path, processes: int, sharded: bool = False) -> dict:
+    """What `identity` names, by what it is: parameters as in params.yaml, ``code`` and ``files`` as digests."""
     code = [*CODE, Path(sparsity_kernels.__file__).parent, *score_code(params.train.reward.correct)]
-    decisive = {
+    files = sorted(path for path in (root / BASE).rglob("*") if path.is_file())
+    return {
         "train": params.train.model_dump(exclude=INDIFFERENT),
         "sparsity": params.sparsity.model_dump(),
         "seed": params.seed,
-        "dtype": params.model.dtype,
+        "model.dtype": params.model.dtype,
         "processes": f"{processes}, sharded" if sharded else processes,
         "code": code_digest(code),
         "versions": versions(DECISIVE_PACKAGES),
+        "files": {
+            path.relative_to(root).as_posix(): file_digest(path, "sha256")
+            for path in (*files, root / TRAIN, root / VALIDATION)
+        },
     }
-    base = [path for path in (root / BASE).rglob("*") if path.is_file()]
-    return fingerprint(decisive, (*base, root / TRAIN, root / VALIDATION))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from accelerate import PartialState
 
-from sparsity_forcing.checkpoints import Checkpoints
+from sparsity_forcing.checkpoints import Checkpoints, fingerprint
 from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.files import replace_directory, replace_file, write_json_atomic
 from sparsity_forcing.inputs import BASE, POLICY, TRAIN, VALIDATION, require_inputs
@@ -20,13 +20,14 @@ from sparsity_forcing.lineage import hardware
 from sparsity_forcing.models.load import load, pick_device
 from sparsity_forcing.params import Params
 from sparsity_forcing.progress import Progress
-from sparsity_forcing.rl.errors import TrainingError
-from sparsity_forcing.rl.identity import identity
+from sparsity_forcing.rl.errors import TrainingError, explained_memory
+from sparsity_forcing.rl.identity import decisive
 from sparsity_forcing.rl.sharding import launched_sharded
 from sparsity_forcing.rl.trainer import Trainer
 from sparsity_forcing.rl.validation import VALIDATED
 from sparsity_forcing.tracking import Run, Tracker
 
+_log = logging.getLogger(__name__)
 CURVES = Path("plots/train.csv")
 CHECKPOINTS = Path("checkpoints/train")
 
@@ -46,9 +47,13 @@ def run(params: Params, root: Path) -> dict:
         raise TrainingError("accelerate shards on accelerators only; on the CPU use presets/accelerate/cpu-2proc.yaml")
     logging.basicConfig(level=logging.INFO if process.is_main_process else logging.ERROR, format="%(message)s")
     tracker = Tracker(params.tracking, root) if process.is_main_process else None
-    made_by = identity(params, root, process.num_processes, launched_sharded())
-    checkpoints = Checkpoints(root / CHECKPOINTS, made_by, params.train.keep_checkpoints)
-    model, processor = load(root / BASE, params.model.dtype, str(process.device))
+    made_of = decisive(params, root, process.num_processes, launched_sharded())
+    checkpoints = Checkpoints(root / CHECKPOINTS, fingerprint(made_of), params.train.keep_checkpoints, made_of)
+    if checkpoints.latest() is None:
+        for line in checkpoints.refused():
+            _log.warning("not resumed: %s. Set these back to go on from it; it is removed when this one ends", line)
+    with explained_memory("set model.dtype: bfloat16, or train a smaller model"):
+        model, processor = load(root / BASE, params.model.dtype, str(process.device))
     with _recorded(tracker, params, root) as record:
         with _Reporter(record, params.train.steps) as report:
             trainer = Trainer(
