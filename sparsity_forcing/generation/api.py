@@ -12,6 +12,7 @@ from sparsity_forcing.attention.context import SparseContext
 from sparsity_forcing.attention.stats import SparseStats
 from sparsity_forcing.generation.forward import run_prefix, run_rest
 from sparsity_forcing.generation.loop import Sampling, decode
+from sparsity_forcing.generation.prefix import VisualPrefix
 from sparsity_forcing.generation.prompts import build_prompts, shares_prefix
 from sparsity_forcing.models.families import require_supported, visual_token_ids
 from sparsity_forcing.params import SparsityParams
@@ -20,13 +21,15 @@ from sparsity_forcing.params import SparsityParams
 @dataclass(frozen=True)
 class Generation:
     """``tokens``, ``mask``: (rows, tokens), new tokens only; the mask covers those before and with the stop token.
-    ``logps``: their log-probabilities. ``truncated``: (rows,) bool. ``stats``: of the kept sets and the cache."""
+    ``logps``: their log-probabilities. ``truncated``: (rows,) bool. ``stats``: of the kept sets and the cache.
+    ``prefix``: the dense visual prefix where it was asked for."""
 
     tokens: Tensor
     mask: Tensor
     logps: Tensor
     truncated: Tensor
     stats: SparseStats
+    prefix: VisualPrefix | None = None
 
 
 @torch.no_grad()
@@ -41,6 +44,8 @@ def sparse_generate(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     cuda_graph: bool | None = None,
+    keep_prefix: bool = False,
+    prefix: VisualPrefix | None = None,
     **overrides,
 ) -> Generation:
     """Answers prompts sparsely, each ``num_return_sequences`` times, its visual prefix computed once.
@@ -55,10 +60,14 @@ def sparse_generate(
         settings, overrides: as for `sparse_attention`.
         temperature: 0 is greedy. generator: source of the samples, on the model's device; needed unless greedy.
         cuda_graph: see `generation.loop.decode`.
+        keep_prefix: return the dense visual prefix, for further questions about the same images.
+        prefix: that of an earlier call, so that it is not computed again; the answers are the same, as each question
+            selects from it for itself.
 
     Raises:
         ValueError: p or another argument is out of range, the inputs are padded on the right, the family is not
-            supported, a generator is missing, or attention logits are not finite.
+            supported, a generator is missing, the prompts do not begin with ``prefix``, or attention logits are not
+            finite.
     """
     require_supported(model.config)
     settings = SparsityParams.model_validate({**(settings or SparsityParams()).model_dump(), **overrides})
@@ -71,7 +80,7 @@ def sparse_generate(
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() first")
-    prompts = build_prompts(model, inputs, settings)
+    prompts = build_prompts(model, inputs, settings, encode_images=prefix is None)
     group, rows = num_return_sequences, prompts.queries * num_return_sequences
     budget = torch.as_tensor(settings.p if p is None else p, dtype=torch.float32)
     if budget.ndim > 1 or not bool(((budget > 0) & (budget <= 1)).all()):
@@ -90,7 +99,12 @@ def sparse_generate(
     suppressed = torch.tensor(visual_token_ids(model.config), device=model.device)
     sampling = Sampling(temperature, max_new_tokens, stop, pad, suppressed)
     with decoder_attention(model):
-        cache = run_prefix(model, prompts, group, room=max_new_tokens)
+        if keep_prefix and prefix is None:
+            prefix = VisualPrefix.of(model, prompts, inputs)
+        if prefix is None:
+            cache = run_prefix(model, prompts, group, room=max_new_tokens)
+        else:
+            cache = prefix.cache(prompts, inputs, group, room=max_new_tokens)
         context = SparseContext(settings, prompts.layout.repeat(group), budget.expand(rows), cache)
         logits = run_rest(model, prompts, group, cache, None, None, context, keep=1)[:, -1]
         position = prompts.next_position.repeat_interleave(group)
@@ -99,4 +113,5 @@ def sparse_generate(
     context.check()
     stats = SparseStats()
     stats.record(context)
-    return Generation(found.tokens, found.mask, found.logps, found.running, stats)
+    kept = prefix if keep_prefix else None
+    return Generation(found.tokens, found.mask, found.logps, found.running, stats, kept)

@@ -171,3 +171,39 @@ def test_a_captured_loop_gives_what_the_plain_one_gives(temperature, stops_after
     assert torch.equal(captured.tokens, plain.tokens)
     assert torch.equal(captured.mask, plain.mask)
     torch.testing.assert_close(captured.logps, plain.logps, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_kept_prefix_serves_further_questions(family, monkeypatch):
+    """Without the vision tower and without another pass over the prefix, the answers are the same."""
+    model, processor = sharp_model(family)
+    first = [question(4), question(6, "sum"), question(3, "count", images=2), TEXT_ONLY]
+    texts = ("read it", "how many of the digits are not red?", "sum", "which?")
+    second = encode(processor, [(text, images) for text, (_, images) in zip(texts, first, strict=True)])
+    options = {"num_return_sequences": 2, "max_new_tokens": 5}
+    p = torch.tensor([0.5, 0.8] * 4)
+    expected = sparse_generate(model, second, p, **options)
+    asked = sparse_generate(model, encode(processor, first), p, keep_prefix=True, **options)
+    assert expected.prefix is None
+    assert asked.prefix.nbytes == sum(tensor.nbytes for tensor in asked.prefix.keys) * 2
+    plain = sparse_generate(model, encode(processor, first), p, **options)
+    assert torch.equal(asked.tokens, plain.tokens)
+
+    monkeypatch.setattr(model, "get_image_features", None)
+    for _ in range(2):  # a prefix is not used up
+        found = sparse_generate(model, second, p, prefix=asked.prefix, **options)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.logps, expected.logps)
+        assert torch.equal(found.stats.layer_ratio, expected.stats.layer_ratio)
+
+
+def test_a_prefix_of_other_images_is_refused(tiny):
+    model, processor = tiny
+    kept = sparse_generate(model, encode(processor, [question(6)]), max_new_tokens=1, keep_prefix=True).prefix
+    for other in ([question(4)], [question(6, seed=1)], [question(6)] * 2, [TEXT_ONLY]):
+        with pytest.raises(ValueError, match="do not begin as those whose visual prefix was kept"):
+            sparse_generate(model, encode(processor, other), max_new_tokens=1, prefix=kept)
+    sharing_none = {"prefill": "sparse", "scoring_rows": "probe"}
+    for inputs, settings in (([TEXT_ONLY], {}), ([question(6)], sharing_none)):
+        with pytest.raises(ValueError, match="no visual prefix to keep"):
+            sparse_generate(model, encode(processor, inputs), max_new_tokens=1, keep_prefix=True, **settings)
