@@ -113,7 +113,7 @@ def train_ours(folder: Path) -> dict:
     setting |= {"prompts": PROMPTS, "answers": GROUP, "attention_dtype": config.attention_dtype}
     return {
         "seconds": [after - before for before, after in pairwise(clock)],
-        "mean_length": statistics.mean(row["mean_length"] for row in measured),
+        "mean_length": statistics.mean(row["completions/mean_length"] for row in measured),
         "start": start,
         "peak": _peak(),
         "setting": setting,

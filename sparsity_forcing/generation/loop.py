@@ -7,6 +7,7 @@ is written. The first steps of a captured loop run uncaptured: real steps, and t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +56,9 @@ def decode(
     sampling: Sampling,
     generator: torch.Generator | None = None,
     cuda_graph: bool | None = None,
+    cut_off: Callable[[], bool] = lambda: False,
 ) -> Decoded:
-    """Samples every row until it stops or has ``sampling.max_new_tokens``.
+    """Samples every row until it stops or has ``sampling.max_new_tokens``, or ``cut_off`` says that nobody wants it.
 
     Args:
         cache: a `pruned_cache` after the prompt. logits: (rows, vocabulary) after the prompt's last token.
@@ -91,7 +93,7 @@ def decode(
             graph.replay()
         else:
             step()
-        if (not on_gpu or done % LOOK_EVERY == 0) and not bool(state.running.any()):
+        if (not on_gpu or done % LOOK_EVERY == 0) and (cut_off() or not bool(state.running.any())):
             break
     return state.result(done)
 

@@ -54,10 +54,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Credit:
-    """``rewards`` and ``advantages``: (queries, group) of all processes; ``selection_advantages``: (layers, rows), no
-    layers where selection is deterministic."""
+    """``rewards`` and ``advantages``: (queries, group) of all processes; ``group_advantages``: the same before centring
+    by budget. ``selection_advantages``: (layers, rows), no layers where selection is deterministic."""
 
     rewards: Rewards
+    group_advantages: Tensor
     advantages: Tensor
     selection_advantages: Tensor
 
@@ -94,7 +95,7 @@ def credit(
         selection = torch.stack([judged(ratio)[1].flatten() for ratio in layers])
         if config.selection_policy.credit == "layer_by_share":
             selection = selection * (layers.mean(1, keepdim=True) / layers.mean())
-    return Credit(rewards, advantages, selection)
+    return Credit(rewards, group_advantages(rewards.total, config.scale_rewards), advantages, selection)
 
 
 def counts(facts: Facts, config: TrainParams) -> Tensor:

@@ -73,7 +73,9 @@ def grpo_loss(
     tokens = max(1, totals.tokens)
     metrics = {
         "kl": (kl * mask).sum() / tokens,
-        "clip_fraction": (clipped.float() * mask).sum() / tokens,
+        "clip_ratio/region_mean": (clipped.float() * mask).sum() / tokens,
+        "clip_ratio/low_mean": ((clipped & (advantages < 0)).float() * mask).sum() / tokens,
+        "clip_ratio/high_mean": ((clipped & (advantages > 0)).float() * mask).sum() / tokens,
         "selection_clip_fraction": selection_clipped.float().sum() / max(1, layers * totals.rows),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}

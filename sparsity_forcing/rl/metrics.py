@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from sparsity_forcing.data.schema import Row
-from sparsity_forcing.rl.facts import Facts
+from sparsity_forcing.rl.facts import Credit, Facts
 from sparsity_forcing.rl.rewards import Rewards
 
 
-def step_metrics(step: int, facts: Facts, rewards: Rewards, advantages: Tensor) -> dict:
-    """Flat metrics of one step. Names follow TRL where it has one; ``p0.940/…`` are per budget."""
-    correct, total = facts.correct, rewards.total.flatten()
+def step_metrics(step: int, facts: Facts, judged: Credit) -> dict:
+    """Flat metrics of one step. Names follow TRL where it has one; ``p0.94/…`` are per budget, ``layer00/…`` per layer.
+
+    ``p0.94/advantage`` is that of the group, before advantages are centred by budget: afterwards its mean is 0.
+    """
+    correct, rewards, total = facts.correct, judged.rewards, judged.rewards.total.flatten()
     metrics = {
         "step": step,
         "reward": rewards.total.mean(),
@@ -23,11 +27,11 @@ def step_metrics(step: int, facts: Facts, rewards: Rewards, advantages: Tensor) 
         "reward_efficiency": rewards.efficiency.mean(),
         "accuracy": correct.mean(),
         "anyone_right": (rewards.correct > 0.5).any(1).float().mean(),
-        "zero_std_groups": (rewards.total.std(dim=1) < 1e-6).float().mean(),
+        "frac_reward_zero_std": (rewards.total.std(dim=1) < 1e-6).float().mean(),
         "token_ratio": facts.token_ratio.mean(),
         "visual_token_ratio": facts.visual_token_ratio.nanmean(),
-        "mean_length": facts.length.mean(),
-        "truncated": facts.truncated.mean(),
+        "completions/mean_length": facts.length.mean(),
+        "completions/clipped_ratio": facts.truncated.mean(),
         "prompt_tokens": facts.prompt.double().sum(),
         "new_tokens": facts.length.sum(),
         "rollouts": len(facts.p),
@@ -36,17 +40,36 @@ def step_metrics(step: int, facts: Facts, rewards: Rewards, advantages: Tensor) 
     for budget in torch.unique(facts.p):
         rows = facts.p == budget
         metrics[budget_metric(budget, "accuracy")] = correct[rows].mean()
+        metrics[budget_metric(budget, "token_ratio")] = facts.token_ratio[rows].mean()
         metrics[budget_metric(budget, "visual_token_ratio")] = facts.visual_token_ratio[rows].nanmean()
         metrics[budget_metric(budget, "reward")] = total[rows].mean()
-        metrics[budget_metric(budget, "advantage")] = advantages.flatten()[rows].mean()
-    for layer, ratio in enumerate(facts.layer_visual_ratio.nanmean(-1)):
-        metrics[f"layer{layer:02d}/visual_token_ratio"] = ratio
+        metrics[budget_metric(budget, "advantage")] = judged.group_advantages.flatten()[rows].mean()
+    for name, ratios in (("token_ratio", facts.layer_ratio), ("visual_token_ratio", facts.layer_visual_ratio)):
+        for layer, ratio in enumerate(ratios.nanmean(-1)):
+            metrics[f"layer{layer:02d}/{name}"] = ratio
     return {name: float(value) if isinstance(value, Tensor) else value for name, value in metrics.items()}
 
 
 def budget_metric(budget: float | Tensor, name: str) -> str:
     """The name of a metric of the rollouts at this budget, which is a float32 there."""
-    return f"p{float(torch.as_tensor(budget, dtype=torch.float32)):.3f}/{name}"
+    return f"p{float(torch.as_tensor(budget, dtype=torch.float32)):.6g}/{name}"
+
+
+def throughput(metrics: dict, seconds_rollout: float, seconds: float, processes: int) -> dict[str, float]:
+    """Tokens a second: sampled ones in the rollouts of all processes, and all those of prompts and answers in the whole
+    step for each process (a device). A prompt's tokens count for each of its rollouts, though they share one pass."""
+    every = metrics["prompt_tokens"] + metrics["new_tokens"]
+    return {
+        "new_tokens_per_second": metrics["new_tokens"] / seconds_rollout,
+        "tokens_per_second_per_device": every / seconds / processes,
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory so far: what torch had allocated on an accelerator, what was resident of a process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in KiB on Linux
 
 
 def replay_metrics(differences: Tensor) -> dict[str, float]:

@@ -44,6 +44,18 @@ def prompts_together(config: TrainParams, world: int) -> int:
     return config.rollout_prompts or config.prompts_per_step // world
 
 
+def cautions(config: TrainParams) -> list[str]:
+    """What these parameters allow but will not do, in words."""
+    pairs = config.num_generations == len(config.budgets) == 2
+    if pairs and config.center_by_budget and config.scale_rewards == "group":
+        return [
+            "train.num_generations is 2, one rollout for each of two train.budgets: divided by the deviation of two "
+            "rewards nothing but their order is left, and train.center_by_budget takes that away. Efficiency is not "
+            "learned; set train.num_generations to 4 or more"
+        ]
+    return []
+
+
 def arithmetic(config: TrainParams, world: int, rows: int, trained: int, weights: int) -> list[str]:
     """The batch arithmetic in words: ``rows`` of training data, ``trained`` of so many ``weights``."""
     rollouts = config.prompts_per_step * config.num_generations

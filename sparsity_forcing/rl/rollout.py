@@ -58,6 +58,7 @@ def roll_out(
     generator: torch.Generator | None = None,
     attention_dtype: torch.dtype | None = None,
     make_context: Callable[..., SparseContext] = SparseContext,
+    cut_off: Callable[[], bool] = lambda: False,
 ) -> Rollouts:
     """Samples ``group`` answers per query, rows of a group next to each other.
 
@@ -68,6 +69,7 @@ def roll_out(
         generator: source of all randomness, on the model's device; needed unless greedy with sigma 0.
         attention_dtype: of attention among kept tokens; the model's where None.
         make_context: what selects, with the arguments of `SparseContext`.
+        cut_off: asked between two tokens; once it is true the answers end as they are.
     """
     cache = run_prefix(model, prompts, group, room=sampling.max_new_tokens)
     layout = prompts.layout.repeat(group)
@@ -76,7 +78,8 @@ def roll_out(
     )
     logits = run_rest(model, prompts, group, cache, None, None, context, keep=1)[:, -1]
     position = prompts.next_position.repeat_interleave(group)
-    decoded = decode(model, cache, logits, position, len(prompts.position_ids), context, sampling, generator)
+    axes = len(prompts.position_ids)
+    decoded = decode(model, cache, logits, position, axes, context, sampling, generator, cut_off=cut_off)
     context.check()
     ratio, visual = layer_ratios(context.kept, layout.valid), layer_ratios(context.kept, layout.visual)
     return Rollouts(

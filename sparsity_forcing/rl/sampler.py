@@ -17,13 +17,14 @@ from sparsity_forcing.rl.rollout import Rollouts, Sampling, roll_out
 
 
 class Sampler:
-    """The answers of one model under one configuration."""
+    """The answers of one model under one configuration. ``cut_off``: as of `roll_out`."""
 
     def __init__(self, model, processor, config: TrainParams, sparsity: SparsityParams) -> None:
         self.model, self.processor, self.config, self.sparsity = model, processor, config, sparsity
         self.suppressed = torch.tensor(visual_token_ids(model.config), device=model.device)
         self.attention_dtype = torch.float64 if config.attention_dtype == "float64" else None
         self._pad_id = processor.tokenizer.pad_token_id
+        self.cut_off: Callable[[], bool] = lambda: False
 
     def roll_out(self, rows: Sequence[Row], noise_seed: int) -> Part:
         """``num_generations`` sampled answers a row, one budget each."""
@@ -45,6 +46,7 @@ class Sampler:
             sigma,
             noise,
             self.attention_dtype,
+            cut_off=self.cut_off,
         )
         return Part(rows, prompts, rollouts, repeats)
 
@@ -53,7 +55,9 @@ class Sampler:
         self.model.eval()
         p = torch.full((len(rows),), self.sparsity.p, device=self.model.device)
         prompts, greedy = self.prompts(rows), self._sampling(0.0)
-        return roll_out(self.model, prompts, p, 1, self.sparsity, greedy, make_context=make_context)
+        return roll_out(
+            self.model, prompts, p, 1, self.sparsity, greedy, make_context=make_context, cut_off=self.cut_off
+        )
 
     def prompts(self, rows: Sequence[Row]) -> Prompts:
         inputs = encode_prompts(self.processor, [row.question for row in rows], [row.images for row in rows])

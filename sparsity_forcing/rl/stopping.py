@@ -1,4 +1,4 @@
-"""Asked to stop: the running step ends, is saved, and the process exits."""
+"""Asked to stop: what is done is saved at the next chance, and the process exits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import signal
 
 import torch
 from accelerate import Accelerator
+
+
+class StoppedError(Exception):
+    """The run ends here, as one of its processes was sent the signal ``number``."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by signal {number}")
+        self.number = number
 
 
 class StopSignal:
@@ -19,11 +27,18 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
-    def number(self, accelerator: Accelerator) -> int:
-        """The signal that any process was sent, 0 if none: all processes get the same answer at the same step."""
-        if accelerator.num_processes == 1:
-            return self._number
-        return int(accelerator.gather(torch.tensor([self._number], device=accelerator.device)).max())
+    @property
+    def noted(self) -> bool:
+        """Whether this process was sent the signal: what it is at is not wanted any more."""
+        return self._number != 0
+
+    def look(self, accelerator: Accelerator) -> None:
+        """Raises StoppedError if any process was sent the signal. All processes look at the same places, and agree."""
+        number = self._number
+        if accelerator.num_processes > 1:
+            number = int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+        if number:
+            raise StoppedError(number)
 
     def _note(self, number: int, _frame: object) -> None:
         self._number = number

@@ -36,16 +36,16 @@ from sparsity_forcing.params import SparsityParams, TrainParams
 from sparsity_forcing.rl.adapters import add_adapters
 from sparsity_forcing.rl.batches import rows_of_step, share_of
 from sparsity_forcing.rl.cost import cost_model
-from sparsity_forcing.rl.errors import TrainingError, explained_memory
+from sparsity_forcing.rl.errors import TrainingError, explained_memory, explained_score
 from sparsity_forcing.rl.facts import Credit, Facts, counts, credit
 from sparsity_forcing.rl.master_weights import adamw
-from sparsity_forcing.rl.metrics import budget_metric, sample_table, step_metrics
+from sparsity_forcing.rl.metrics import budget_metric, peak_memory_gib, sample_table, step_metrics, throughput
 from sparsity_forcing.rl.parts import Part
 from sparsity_forcing.rl.replay import Replay
-from sparsity_forcing.rl.requirements import arithmetic, prompts_together, require_trainable
+from sparsity_forcing.rl.requirements import arithmetic, cautions, prompts_together, require_trainable
 from sparsity_forcing.rl.sampler import Sampler
 from sparsity_forcing.rl.sharding import gather, is_sharded, learner_of, reduce_unused
-from sparsity_forcing.rl.stopping import StopSignal
+from sparsity_forcing.rl.stopping import StoppedError, StopSignal
 from sparsity_forcing.rl.update import MicroBatch, Updater
 from sparsity_forcing.rl.validation import validate
 from sparsity_forcing.scoring import score_function
@@ -92,10 +92,12 @@ class Trainer:
         self.model, self.processor = model, processor
         self.rows, self.validation_rows = rows, validation_rows[: config.validation_rows]
         self.checkpoints, self.on_step = checkpoints, on_step
-        self.score = score_function(config.reward.correct)
+        with explained_score():
+            self.score = score_function(config.reward.correct)
         self.costs = cost_model(model, config.reward.cost, config.reward.latency_batch)
         self.sampler = Sampler(model, processor, config, sparsity)
-        self._prepare_weights()
+        with explained_memory("set train.lora, or train.beta: 0 (no reference), or model.dtype: bfloat16"):
+            self._prepare_weights()
         trained = [parameter for parameter in self.learner.parameters() if parameter.requires_grad]
         self.optimizer = adamw(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         updates = config.steps * config.num_iterations
@@ -119,6 +121,8 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0  # what training took so far, the processes before a resume included
         self.best: dict | None = None
+        self._unfinished: dict | None = None  # metrics of a step whose validation was cut off
+        self._stop: StopSignal | None = None
         self._below_guard = 0  # validations in a row
         self._replay_warned = False
 
@@ -134,48 +138,72 @@ class Trainer:
         )
         for line in arithmetic(self.config, self.accelerator.num_processes, len(self.rows), *sizes):
             _log.info("%s", line)
+        for line in cautions(self.config):
+            _log.warning("%s", line)
         with StopSignal() as stop, ExitStack() as attention:
+            self._stop, self.sampler.cut_off = stop, lambda: stop.noted
             for model in {id(model): model for model in (self.model, self.learner, self.reference) if model}.values():
                 attention.enter_context(decoder_attention(model))
-            self._run_steps(stop)
+            self._run_steps()
         self._take_best()
         self.seconds = time.perf_counter() - self._began
         if self.adapters is not None:
             self.adapters.merge_and_unload()
         return self.history
 
-    def _run_steps(self, stop: StopSignal) -> None:
-        if self.step == 0:
-            self._start = {f"start_{name}": value for name, value in self.validate().items()}
-        while self.step < self.config.steps and not self._stays_below_guard:
-            self._one_step()
-            asked = stop.number(self.accelerator)
-            if self.step % self.config.checkpoint_every == 0 or asked:
+    def _run_steps(self) -> None:
+        try:
+            if self.step == 0:
+                self._start = {f"start_{name}": value for name, value in self.validate().items()}
+            while self._unfinished or (self.step < self.config.steps and not self._stays_below_guard):
+                self._one_step()
+                if self.step % self.config.checkpoint_every == 0:
+                    self._save()
+                self._look_for_stop()
+        except StoppedError as stopped:
+            if self.step:
                 self._save()
-            if asked:
-                _log.warning("stopped by signal %d; saved step %d", asked, self.step)
-                sys.exit(128 + asked)
+            what = f"saved step {self.step}" if self.step else "before the first step: there is nothing to save"
+            _log.warning("stopped by signal %d; %s", stopped.number, what)
+            sys.exit(128 + stopped.number)
         if self.step < self.config.steps:
             _log.warning(
                 "stopped early at step %d: %d validations in a row fell below train.accuracy_guard (%g)",
                 self.step, self._below_guard, self.config.accuracy_guard,
             )  # fmt: skip
 
+    def _look_for_stop(self) -> None:
+        """Ends the run if a process was asked to: with what the last step left, as long as the optimizer has not moved.
+
+        Looked for after rollouts, before each pass of a step and after a batch of validation; rollouts are cut off. So
+        the longest pass, not a step, is what it takes to stop.
+        """
+        if self._stop is not None:
+            self._stop.look(self.accelerator)
+
     def _one_step(self) -> None:
-        rows = self._own(rows_of_step(self.rows, self.step, self.config.prompts_per_step, self.seed))
-        metrics, table = self.learn(rows)
-        self._follow_learner()
-        self.step += 1
-        metrics |= {"learning_rate": self.schedule.get_last_lr()[0], "skipped_steps": self.updater.skipped_steps}
-        if self.step == 1:
-            metrics |= self._start
+        """A step and its validation; of a step that was stopped in its validation the validation alone."""
+        table = None
+        if self._unfinished is None:
+            rows = self._own(rows_of_step(self.rows, self.step, self.config.prompts_per_step, self.seed))
+            metrics, table = self.learn(rows)
+            self._follow_learner()
+            self.step += 1
+            metrics |= {"learning_rate": self.schedule.get_last_lr()[0], "skipped_steps": self.updater.skipped_steps}
+            if self.step == 1:
+                metrics |= self._start
+            self._unfinished = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        metrics = self._unfinished
         if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
-            metrics |= {f"validation_{name}": value for name, value in self._validate_and_keep_best().items()}
-        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            began = time.perf_counter()
+            found = self._validate_and_keep_best()
+            metrics |= {f"validation_{name}": value for name, value in found.items()}
+            metrics["seconds_validation"] = time.perf_counter() - began
+        self._unfinished = None
         self.history.append(metrics)
         if self.accelerator.is_main_process:
             logs_samples = self.step % self.config.log_samples_every == 0 or self.step == self.config.steps
-            self.on_step(metrics, table() if logs_samples else None)
+            self.on_step(metrics, table() if table is not None and logs_samples else None)
 
     def learn(self, rows: Sequence[Row]) -> tuple[dict[str, float], Callable[[], list[dict]]]:
         """What a step does with its rows; its metrics, and what makes the table of its samples.
@@ -184,29 +212,33 @@ class Trainer:
         method alone.
         """
         clock, config = [time.perf_counter()], self.config
-        with explained_memory("lower train.rollout_prompts, or train.max_completion_length"):
+        together = prompts_together(config, self.accelerator.num_processes)
+        with explained_memory(f"lower train.rollout_prompts ({together} now), or train.max_completion_length"):
             parts = self._roll_out(rows)
         clock.append(time.perf_counter())
         texts = [text for part in parts for text in self.sampler.texts(part.rollouts)]
         facts, judged = self._judge(rows, texts, parts)
+        clock.append(time.perf_counter())
         with explained_memory(
-            "lower train.micro_batch_prompts (1 is the least), set train.logits_chunk (1024, say), "
-            "train.gradient_checkpointing: true, or train.lora"
+            f"lower train.micro_batch_prompts ({config.micro_batch_prompts or together} now), set "
+            "train.logits_chunk (1024, say), train.gradient_checkpointing: true, or train.lora"
         ):
             batches = self._micro_batches(parts, facts, judged)
             clock.append(time.perf_counter())
-            updated = self.updater.update(batches, self.step + 1)
+            updated = self.updater.update(batches, self.step + 1, self._look_for_stop)
         clock.append(time.perf_counter())
-        metrics = step_metrics(self.step + 1, facts, judged.rewards, judged.advantages) | updated
+        metrics = step_metrics(self.step + 1, facts, judged) | updated
         if config.beta == 0:
             del metrics["kl"]  # there is no reference
         self._look_at_replay(metrics)
         metrics |= {
-            "seconds": clock[3] - clock[0],
+            "seconds": clock[4] - clock[0],
             "seconds_rollout": clock[1] - clock[0],
-            "seconds_reference": clock[2] - clock[1],
-            "seconds_update": clock[3] - clock[2],
-            "new_tokens_per_second": metrics["new_tokens"] / (clock[1] - clock[0]),
+            "seconds_reward": clock[2] - clock[1],
+            "seconds_reference": clock[3] - clock[2],
+            "seconds_update": clock[4] - clock[3],
+            **throughput(metrics, clock[1] - clock[0], clock[4] - clock[0], self.accelerator.num_processes),
+            "peak_memory_gib": peak_memory_gib(self.accelerator.device),
         }
         return metrics, partial(sample_table, rows, texts, facts, judged.rewards, judged.advantages)
 
@@ -218,11 +250,13 @@ class Trainer:
         for place in range(len(rows) // size):
             noise_seed = (self.seed * 1_000_003 + self.step) * 1024 + first + place
             parts.append(self.sampler.roll_out(rows[place * size : (place + 1) * size], noise_seed))
+            self._look_for_stop()
         return parts
 
     def _judge(self, rows: Sequence[Row], texts: list[str], parts: list[Part]) -> tuple[Facts, Credit]:
         group = self.config.num_generations
-        correct = torch.tensor([self.score(text, rows[i // group].answer) for i, text in enumerate(texts)])
+        with explained_score():
+            correct = torch.tensor([self.score(text, rows[i // group].answer) for i, text in enumerate(texts)])
         facts = Facts.gathered(correct, [part.rollouts for part in parts], self.accelerator)
         pays = not self._reached_target
         return facts, credit(facts, self.config, self.costs, self.seed * 1_000_003 + self.step, pays)
@@ -248,6 +282,7 @@ class Trainer:
         done *= config.num_generations
         batches = []
         for part in [small for whole in parts for small in whole.split(config.micro_batch_prompts, media_of)]:
+            self._look_for_stop()
             rollouts = part.rollouts
             own = slice(done, done + len(rollouts.p))
             done = own.stop
@@ -273,14 +308,15 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Accuracy and token ratios of greedy answers at the deployment budget."""
-        with explained_memory("lower train.validation_batch_size"):
-            return validate(self.sampler, self.validation_rows, self.score, self.accelerator)
+        advice = f"lower train.validation_batch_size ({self.config.validation_batch_size} now)"
+        with explained_memory(advice), explained_score():
+            return validate(self.sampler, self.validation_rows, self.score, self.accelerator, self._look_for_stop)
 
     def _validate_and_keep_best(self) -> dict[str, float]:
         """Validates; stores the weights if no validated step within the accuracy guard is better, see `_rank`."""
         found = self.validate()
         candidate = {"step": self.step, "reached_target": self._reached_target, **found}
-        start = self.history[0] if self.history else self._start
+        start = self.history[0] if self.history else self._unfinished or self._start
         within = found["accuracy"] >= start["start_accuracy"] - self.config.accuracy_guard
         self._below_guard = 0 if within else self._below_guard + 1
         if within and (self.best is None or _rank(candidate) < _rank(self.best)):
@@ -340,7 +376,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {"step": self.step, "skipped_steps": self.updater.skipped_steps, "best": self.best}
             state |= {"below_guard": self._below_guard, "seconds": time.perf_counter() - self._began}
-            state["history"] = self.history
+            state |= {"history": self.history, "unfinished": self._unfinished}
             write_json_atomic(directory / "trainer.json", state)
         self.accelerator.wait_for_everyone()
 
@@ -355,6 +391,7 @@ class Trainer:
         self._follow_learner()
         self.step, self.updater.skipped_steps = state["step"], state["skipped_steps"]
         self.history, self.best, self._below_guard = state["history"], state["best"], state["below_guard"]
+        self._unfinished = state["unfinished"]
         self._began -= state["seconds"]
         if self.accelerator.is_main_process:
             for metrics in self.history:  # the record of this process is whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -43,21 +43,28 @@ class Updater:
         self.trained = [parameter for parameter in replay.parameters() if parameter.requires_grad]
         self.skipped_steps = 0
 
-    def update(self, batches: Sequence[MicroBatch], step: int) -> dict[str, float]:
+    def update(
+        self, batches: Sequence[MicroBatch], step: int, before_pass: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """``num_iterations`` updates on the same rollouts; their mean metrics. ``step`` names it in the log.
 
-        The replay differences are those of the first update: after it the policy is another one.
+        The replay differences are those of the first update: after it the policy is another one. ``before_pass`` is
+        called until then, before every micro-batch.
         """
         totals = self._totals(batches)
-        found = [self._one_update(batches, totals, step) for _ in range(self.config.num_iterations)]
+        looks = [before_pass] + [lambda: None] * (self.config.num_iterations - 1)
+        found = [self._one_update(batches, totals, step, look) for look in looks]
         metrics = {name: sum(part[name] for part, _ in found) / len(found) for name in found[0][0]}
         return metrics | replay_metrics(found[0][1])
 
-    def _one_update(self, batches: Sequence[MicroBatch], totals: Totals, step: int) -> tuple[dict[str, float], Tensor]:
+    def _one_update(
+        self, batches: Sequence[MicroBatch], totals: Totals, step: int, before_pass: Callable[[], None]
+    ) -> tuple[dict[str, float], Tensor]:
         self.replay.train()
         sums: dict[str, Tensor] = {}
         differences = []
         for batch in batches:
+            before_pass()
             rollouts, last = batch.part.rollouts, batch is batches[-1]
             accumulates = not (last or is_sharded(self.accelerator))  # sharded, gradients stay divided
             with self.accelerator.no_sync(self.replay) if accumulates else nullcontext():

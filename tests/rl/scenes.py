@@ -70,6 +70,11 @@ def never_right(prediction: str, answer: str) -> float:
     return 0.0
 
 
+def a_list(prediction: str, answer: str) -> list[float]:
+    """No score: of one prediction where one is asked for, as if of a batch."""
+    return [1.0]
+
+
 def wants_seven(prediction: str, answer: str) -> float:
     """A score that depends on whose answer it is shown."""
     return float(answer == "7")

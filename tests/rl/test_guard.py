@@ -83,11 +83,11 @@ def test_above_the_target_the_sparsest_step_within_the_guard_is_the_policy(tmp_p
 def test_efficiency_is_paid_while_the_rollouts_keep_more_than_the_target(tmp_path):
     """At the budget nearest to the deployed one, 0.9: on average over the last ten steps."""
     options = {"steps": 4, "reward": {"correct": "scenes:always_right"}}
-    kept = [row["p0.900/visual_token_ratio"] for row in trainer_of(tmp_path / "free", **options).train()]
+    kept = [row["p0.9/visual_token_ratio"] for row in trainer_of(tmp_path / "free", **options).train()]
     means = [sum(kept[:steps]) / steps for steps in (1, 2, 3)]
     options["reward"]["target_ratio"] = target = sorted(means)[1]  # reached in one or two of the three
     rows = trainer_of(tmp_path / "aimed", **options).train()
-    kept = [row["p0.900/visual_token_ratio"] for row in rows]
+    kept = [row["p0.9/visual_token_ratio"] for row in rows]
     means = [sum(kept[:steps]) / steps for steps in (1, 2, 3)]
     paid = [row["reward_efficiency"] > 0 for row in rows]
     assert paid == [True, *(mean > target for mean in means)]

@@ -70,7 +70,7 @@ def random_inputs(rows: int = 8, tokens: int = 7, layers: int = 2) -> LossInputs
 def test_the_surrogate_is_clipped_where_it_would_overshoot(ratio, advantage, expected, clipped):
     loss, metrics = one_token(math.log(ratio), advantage, beta=0.0, epsilon=0.1, epsilon_high=0.2)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
-    assert float(metrics["clip_fraction"]) == clipped
+    assert float(metrics["clip_ratio/region_mean"]) == clipped
 
 
 def test_the_kl_term_is_the_k3_estimate():
@@ -139,8 +139,10 @@ def test_loss_and_gradient_are_those_of_trl(loss_type, beta):
     torch.testing.assert_close(loss, expected)
     gradient, expected_gradient = (torch.autograd.grad(value, inputs.per_token_logps)[0] for value in (loss, expected))
     torch.testing.assert_close(gradient, expected_gradient)
-    assert 0 < float(metrics["clip_fraction"]) < 1
-    assert float(metrics["clip_fraction"]) == pytest.approx(trl_metrics["clip_ratio/region_mean"][0])
+    assert 0 < float(metrics["clip_ratio/region_mean"]) < 1
+    for name in ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"):
+        assert float(metrics[name]) == pytest.approx(trl_metrics[name][0])
+        assert float(metrics[name]) > 0
     if beta:
         assert float(metrics["kl"]) == pytest.approx(trl_metrics["kl"][0], rel=1e-5)
 

@@ -11,6 +11,7 @@ import torch
 from runs import Recorder, StopAfter, assert_bit_equal, state, timeless, trainer_of
 
 from sparsity_forcing.checkpoints import Checkpoints
+from sparsity_forcing.generation import loop
 from sparsity_forcing.rl.trainer import TrainingError
 
 
@@ -81,6 +82,92 @@ def test_asked_to_stop_it_ends_its_step_saves_and_exits(tmp_path):
     straight.train()
     resumed.train()
     assert_bit_equal(state(resumed), state(straight))
+
+
+@pytest.mark.parametrize("validate_every", [1, 3])
+def test_asked_to_stop_while_it_validates_it_goes_on_with_the_validation(tmp_path, monkeypatch, validate_every):
+    """A validation may take longer than a stopped process is left alive: it ends at its next batch."""
+    changes = {"validate_every": validate_every, "validation_batch_size": 1, "accuracy_guard": 1.0}
+    straight = trainer_of(tmp_path / "straight", **changes)
+    history = straight.train()
+    stopped = trainer_of(tmp_path / "resumed", **changes)
+    batches, deployed = [], stopped.sampler.deployed
+
+    def ask(rows):
+        if stopped.step == validate_every:
+            batches.append(len(rows))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return deployed(rows)
+
+    monkeypatch.setattr(stopped.sampler, "deployed", ask)
+    with pytest.raises(SystemExit) as exit_code:
+        stopped.train()
+    assert exit_code.value.code == 143
+    assert batches == [1]  # of three
+    assert Checkpoints(tmp_path / "resumed", "abc").latest()[0] == validate_every
+    resumed = trainer_of(tmp_path / "resumed", record := Recorder(), **changes)
+    assert timeless(resumed.train()) == timeless(history)
+    assert timeless(record.steps) == timeless(history)
+    assert resumed.best == straight.best
+    assert_bit_equal(state(resumed), state(straight))
+
+
+@pytest.mark.parametrize("place", ["roll_out", "reference_logps", "replay"])
+def test_asked_to_stop_within_a_step_it_is_the_run_that_was_never_interrupted(tmp_path, monkeypatch, place):
+    """The step is dropped: it is not waited for."""
+    changes = {"rollout_prompts": 1, "micro_batch_prompts": 1}
+    straight = trainer_of(tmp_path / "straight", **changes)
+    history = straight.train()
+    stopped = trainer_of(tmp_path / "resumed", **changes)
+    owner = {"roll_out": stopped.sampler, "reference_logps": stopped.passes, "replay": stopped.updater}[place]
+    real, calls = getattr(owner, place), []
+
+    def ask(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if stopped.step == 2:
+            calls.append(result)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(owner, place, ask)
+    if place == "replay":
+        ask.train = real.train
+    with pytest.raises(SystemExit):
+        stopped.train()
+    assert len(calls) == 1  # of two
+    assert Checkpoints(tmp_path / "resumed", "abc").latest()[0] == 2
+    resumed = trainer_of(tmp_path / "resumed", **changes)
+    assert timeless(resumed.train()) == timeless(history)
+    assert_bit_equal(state(resumed), state(straight))
+
+
+def test_asked_to_stop_while_it_answers_it_ends_after_a_token(tmp_path, monkeypatch):
+    stopped = trainer_of(tmp_path, max_completion_length=400)
+    real, drawn = loop.draw, []
+
+    def ask(*args):
+        if stopped.step == 1:
+            drawn.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "draw", ask)
+    with pytest.raises(SystemExit):
+        stopped.train()
+    assert drawn == [1]
+    assert Checkpoints(tmp_path, "abc").latest()[0] == 1
+
+
+def test_asked_to_stop_before_the_first_step_it_saves_nothing(tmp_path, monkeypatch, caplog):
+    trainer = trainer_of(tmp_path)
+    deployed = trainer.sampler.deployed
+    monkeypatch.setattr(
+        trainer.sampler, "deployed", lambda rows: os.kill(os.getpid(), signal.SIGTERM) or deployed(rows)
+    )
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert "there is nothing to save" in caplog.text
+    assert Checkpoints(tmp_path, "abc").latest() is None
 
 
 def test_the_chosen_weights_are_those_of_the_record_after_a_resume(tmp_path):

@@ -31,6 +31,7 @@ from sparsity_forcing.stages.train import run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
+LEFT_ALIVE = 20  # seconds that schedulers give a process after SIGTERM
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def signalled_after_a_checkpoint(workspace: Path, number: signal.Signals) -> tup
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(number)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=LEFT_ALIVE)[0]
     return process.returncode, output
 
 

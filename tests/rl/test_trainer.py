@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from accelerate.utils import DistributedType
 from runs import SPARSITY, Recorder, StopAfter, assert_bit_equal, rows, trainer_of
 
 import sparsity_forcing.rl.sampler as sampler_module
@@ -15,9 +19,12 @@ import sparsity_forcing.rl.trainer as trainer_module
 import sparsity_forcing.rl.update as update_module
 from sparsity_forcing.checkpoints import Checkpoints
 from sparsity_forcing.data.schema import Row
-from sparsity_forcing.params import SparsityParams
+from sparsity_forcing.params import SparsityParams, load_params
+from sparsity_forcing.rl.errors import TrainingError, explained_memory
+from sparsity_forcing.rl.requirements import require_trainable
 from sparsity_forcing.rl.rewards import group_advantages, joint_rewards
-from sparsity_forcing.rl.trainer import TrainingError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_training_moves_all_trained_weights_and_no_others(tmp_path):
@@ -55,11 +62,11 @@ def test_on_policy_the_replay_agrees_and_the_metrics_are_whole(tmp_path, sparsit
     trainer_of(tmp_path, recorder, sparsity=sparsity, steps=2).train()
     for row in recorder.steps:
         assert row["replay_max_difference"] < 1e-5
-        assert row["clip_fraction"] == 0
+        assert row["clip_ratio/region_mean"] == 0
         assert row["rollouts"] == 8
         assert 8 <= row["new_tokens"] <= 32
         assert 0 < row["visual_token_ratio"] < row["token_ratio"] < 1
-        assert row["p0.600/visual_token_ratio"] < row["p0.900/visual_token_ratio"]
+        assert row["p0.6/visual_token_ratio"] < row["p0.9/visual_token_ratio"]
         assert row["grad_norm"] > 0
         assert all(math.isfinite(value) for value in row.values())
     assert recorder.steps[0]["kl"] != recorder.steps[1]["kl"]
@@ -181,14 +188,21 @@ def test_an_empty_answer_earns_nothing(tmp_path):
         lambda module, args, output: output.index_fill(-1, torch.tensor([eos]), 100.0)
     )
     (row,) = trainer.train()
-    assert (row["mean_length"], row["accuracy"], row["reward"], row["anyone_right"]) == (1, 0, 0, 0)
-    assert (row["reward_efficiency"], row["zero_std_groups"]) == (0, 1)
+    assert (row["completions/mean_length"], row["accuracy"], row["reward"], row["anyone_right"]) == (1, 0, 0, 0)
+    assert (row["reward_efficiency"], row["frac_reward_zero_std"]) == (0, 1)
     assert trainer.score("something", "anything") == 1
 
 
 def test_too_few_rows_are_refused(tmp_path):
     with pytest.raises(TrainingError, match=r"1 training rows are fewer than train.prompts_per_step \(2\)"):
         trainer_of(tmp_path, train=rows("train", 1))
+
+
+def test_pairs_of_two_budgets_are_warned_of(tmp_path, caplog):
+    for changes, warned in (({"num_generations": 2}, True), ({"num_generations": 2, "scale_rewards": "none"}, False)):
+        caplog.clear()
+        trainer_of(tmp_path / str(warned), steps=1, **changes).train()
+        assert ("Efficiency is not learned; set train.num_generations to 4" in caplog.text) == warned
 
 
 def test_the_batch_arithmetic_is_printed(tmp_path, caplog):
@@ -244,8 +258,15 @@ def test_out_of_memory_names_the_parameters_to_change(tmp_path, monkeypatch):
         trainer.train()
     trainer = trainer_of(tmp_path / "rollout")
     monkeypatch.setattr(trainer, "_roll_out", full)
-    with pytest.raises(TrainingError, match=r"lower train\.rollout_prompts"):
+    with pytest.raises(TrainingError, match=r"lower train\.rollout_prompts \(2 now\)"):
         trainer.train()
+
+
+def test_out_of_memory_of_the_cpu_is_told_from_other_errors():
+    with pytest.raises(TrainingError, match=r"^the device is out of memory; lower it \("), explained_memory("lower it"):
+        torch.empty(2**60)
+    with pytest.raises(RuntimeError, match="size"), explained_memory("lower it"):
+        torch.zeros(2) @ torch.zeros(3)
 
 
 def test_later_iterations_see_the_stored_rollout(tmp_path, monkeypatch):
@@ -273,7 +294,7 @@ def test_groups_without_a_right_answer_are_skipped_where_asked(tmp_path, skips):
 def test_truncated_completions_are_left_out_where_asked(tmp_path, masks):
     changes = {"max_completion_length": 1, "mask_truncated_completions": masks}
     (row,) = trainer_of(tmp_path, steps=1, reward={"correct": "scenes:always_right"}, **changes).train()
-    assert row["truncated"] == 1
+    assert row["completions/clipped_ratio"] == 1
     assert (row["grad_norm"] == 0) == masks
 
 
@@ -287,8 +308,29 @@ def test_without_a_kl_term_there_is_no_reference(tmp_path):
 
 def test_every_budget_has_its_reward_accuracy_and_advantage(tmp_path):
     (row,) = trainer_of(tmp_path, steps=1, reward={"correct": "scenes:always_right"}).train()
-    for name in ("reward", "accuracy", "advantage", "visual_token_ratio"):
-        assert {f"p0.600/{name}", f"p0.900/{name}"} <= row.keys()
-    assert row["p0.600/reward"] > row["p0.900/reward"]
+    for name in ("reward", "accuracy", "advantage", "token_ratio", "visual_token_ratio"):
+        assert {f"p0.6/{name}", f"p0.9/{name}"} <= row.keys()
+    assert row["p0.6/reward"] > row["p0.9/reward"]
+    assert row["p0.6/advantage"] > 0.1  # right every time, and with fewer tokens
+    assert row["p0.6/advantage"] == pytest.approx(-row["p0.9/advantage"])
     assert row["replay_mean_difference"] <= row["replay_q99_difference"] <= row["replay_q999_difference"]
     assert row["replay_q999_difference"] <= row["replay_max_difference"]
+
+
+@pytest.mark.parametrize("launcher", sorted((ROOT / "presets/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("preset", ["params.yaml", "presets/digits-gpu.yaml", "presets/qwen2.5-vl-7b.yaml"])
+def test_a_preset_divides_over_the_processes_of_every_launcher(preset, launcher):
+    world = yaml.safe_load(launcher.read_text())["num_processes"]
+    accelerator = SimpleNamespace(num_processes=world, distributed_type=DistributedType.MULTI_GPU)
+    model = SimpleNamespace(dtype=torch.bfloat16)
+    require_trainable(model, 10_000, load_params(ROOT / preset).train, accelerator)
+
+
+def test_a_score_function_that_fails_names_the_parameter(tmp_path):
+    trainer = trainer_of(tmp_path, reward={"correct": "scenes:a_list"})
+    with pytest.raises(
+        TrainingError, match=r"returned \[1\.0\] for .*; train\.reward\.correct in params\.yaml names it"
+    ):
+        trainer.train()
+    with pytest.raises(TrainingError, match=r"'no_such' is unknown.*; train\.reward\.correct"):
+        trainer_of(tmp_path, reward={"correct": "no_such"})
