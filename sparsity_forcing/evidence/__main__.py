@@ -1,6 +1,7 @@
 """`python -m sparsity_forcing.evidence [EXPERIMENT …]`: runs what has not run yet, then writes docs/evidence.md.
 
-README.md gets what that page says in short.
+README.md gets what that page says in short. A result of other code has to be measured again; after a change of code
+that leaves results as they are (`dvc repro train` gives the same policy bit for bit, say) `--accept-code` keeps it.
 
 Needs what the pipeline made (`make pipeline`). Every experiment is a process of its own; a training that was
 interrupted goes on from its last checkpoint. The last line printed is one JSON object with the figures that are quoted.
@@ -26,7 +27,7 @@ from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.evidence import gradient, lengths, turns
 from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base, why_not_undistorted
-from sparsity_forcing.evidence.summary import pages_with, write_summary
+from sparsity_forcing.evidence.summary import accept_results, pages_with, write_summary
 from sparsity_forcing.inputs import POLICY, TEST, TRAIN, require_inputs
 from sparsity_forcing.params import Params, ParamsError, load_params
 
@@ -52,6 +53,9 @@ def main(
     experiments: Annotated[list[str] | None, typer.Argument(help="Names; all where none is given.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Experiments at a time, one CPU thread each.")] = 2,
     only_summary: Annotated[bool, typer.Option(help="Run nothing; write the pages from what has run.")] = False,
+    accept_code: Annotated[
+        bool, typer.Option(help="First count results of other code as those of the present one, as `dvc commit` does.")
+    ] = False,
 ) -> None:
     """Runs experiments and writes their summary."""
     signal.signal(signal.SIGTERM, _stop)
@@ -69,6 +73,8 @@ def main(
             if name in ARMS:
                 ARMS[name].params(params)
         set_environment(params, ROOT)  # before the processes: one thread each
+        if accept_code:
+            typer.echo(f"evidence: accepted {', '.join(accept_results(params, ROOT)) or 'nothing'}", err=True)
         pages_with({}, params, ROOT)  # what is wrong with a page is found before the hours
         failed = [] if only_summary else run_all(names, jobs)
         summary = write_summary(params, ROOT)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import Checkpoints, fingerprint
@@ -19,7 +20,7 @@ from sparsity_forcing.lineage import code_digest, dvc_md5, file_digest, git_stat
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params, ParamsError
 from sparsity_forcing.progress import Progress
-from sparsity_forcing.rl.identity import identity
+from sparsity_forcing.rl.identity import decisive
 from sparsity_forcing.rl.sampler import Sampler
 from sparsity_forcing.rl.validation import VALIDATED, answered
 from sparsity_forcing.scoring import score_function
@@ -33,6 +34,14 @@ QUESTIONS = 5000  # that every policy is judged on
 INPUTS = {BASE: "base", TRAIN: "prepare", VALIDATION: "prepare", TEST: "prepare"}
 
 
+class MadeBy(NamedTuple):
+    """What decides a result, as two fingerprints: ``what`` is of parameters, versions, base and data, ``code`` of the
+    code."""
+
+    what: str
+    code: str
+
+
 def run_arm(arm: Arm, params: Params, root: Path) -> dict:
     """Writes metrics/evidence/NAME.json, unless a current one is there (see `current`); returns it.
 
@@ -43,7 +52,7 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
     require_inputs(root, INPUTS)
     own = arm.params(params)
     made_by = made_by_arm(arm, params, root)
-    checkpoints = Checkpoints(root / CHECKPOINTS / arm.name, made_by, own.train.keep_checkpoints)
+    checkpoints = Checkpoints(root / CHECKPOINTS / arm.name, fingerprint(made_by), own.train.keep_checkpoints)
     if (done := current(arm.name, lambda: made_by, root)) is not None:
         checkpoints.clear()
         return done
@@ -97,51 +106,87 @@ def run_base(params: Params, root: Path) -> dict:
         model, processor = load(root / BASE, params.model.dtype, params.model.device)
         return {"test": judged(model, processor, params, held_out(params, root), ANY_BUDGET)}
 
-    return measured_once("base", partial(made_by_base, params, root), root, measure)
+    return measured_once("base", made_by_base, params, root, measure)
 
 
-def made_by_arm(arm: Arm, params: Params, root: Path) -> str:
-    """Names all that decides an arm's result: code, versions, parameters, base and data."""
-    objective = [arm.objective, code_digest(["evidence/alternatives.py"])] if arm.objective != "grpo" else []
-    return fingerprint([made_by_base(arm.params(params), root), arm.rows, arm.at_any_budget, *objective])
+def made_by_arm(arm: Arm, params: Params, root: Path) -> MadeBy:
+    """Names all that decides an arm's result."""
+    base = made_by_base(arm.params(params), root)
+    code = base.code if arm.objective == "grpo" else fingerprint([base.code, code_digest(["evidence/alternatives.py"])])
+    return MadeBy(fingerprint([base.what, arm.rows, arm.at_any_budget, arm.objective]), code)
 
 
-def made_by_base(params: Params, root: Path) -> str:
+def made_by_base(params: Params, root: Path) -> MadeBy:
     """The same for what is not trained."""
     judging = [params.evaluate.budgets, ANY_BUDGET, params.model.device]
     questions = [params.data.source, params.data.digits.model_dump(), file_digest(root / TEST, "sha256")]
-    code = code_digest(["evidence/experiment.py", "data/digits.py", "data/digits_source.py"])
-    return fingerprint([identity(params, root, 1), judging, questions, code])
+    training = decisive(params, root, 1)
+    code = [training.pop("code"), code_digest(["evidence/experiment.py", "data/digits.py", "data/digits_source.py"])]
+    return MadeBy(fingerprint([training, judging, questions]), fingerprint(code))
 
 
-def made_by_policy(params: Params, root: Path) -> str:
-    """The same for what is measured of the pipeline's policy beside its base."""
+def made_by_policy(module: str, params: Params, root: Path) -> MadeBy:
+    """The same for what ``module`` of this package measures of the pipeline's policy beside its base."""
     weights = [file_digest(path, "sha256") for path in sorted((root / POLICY).glob("*.safetensors"))]
-    return fingerprint([made_by_base(params, root), weights])
+    base = made_by_base(params, root)
+    code = code_digest([f"evidence/{module}.py"])
+    return MadeBy(fingerprint([base.what, weights]), fingerprint([base.code, code]))
 
 
-def current(name: str, made_by: Callable[[], str], root: Path) -> dict | None:
+def current(name: str, made_by: Callable[[], MadeBy], root: Path) -> dict | None:
     """The result of this name, if there is one and nothing that decides it has changed since."""
+    found = stored(name, root)
+    return found if found is not None and (found["made_by"], found["code"]) == made_by() else None
+
+
+def stored(name: str, root: Path) -> dict | None:
+    """The result of this name, current or not."""
     path = root / RESULTS / f"{name}.json"
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["made_by"] == made_by() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def measured_once(name: str, made_by: Callable[[], str], root: Path, measure: Callable[[], dict]) -> dict:
-    """The current result of this name; without one what ``measure`` finds, written to metrics/evidence/NAME.json."""
-    if (done := current(name, made_by, root)) is not None:
+def accept_code(name: str, made_by: Callable[[], MadeBy], root: Path) -> bool:
+    """Takes a result of other code for one of the present code, if nothing else that decides it has changed; whether
+    there was one. Its ``commit`` stays that of the measurement."""
+    found = stored(name, root)
+    if found is None or found["made_by"] != made_by().what or found["code"] == made_by().code:
+        return False
+    write_json_atomic(root / RESULTS / f"{name}.json", found | {"code": made_by().code})
+    return True
+
+
+def measured_once(
+    name: str, made_by: Callable[[Params, Path], MadeBy], params: Params, root: Path, measure: Callable[[], dict]
+) -> dict:
+    """The current result of this name; without one what ``measure`` finds, written to metrics/evidence/NAME.json and
+    into a run of MLflow, its numbers by dotted name."""
+    if (done := current(name, partial(made_by, params, root), root)) is not None:
         return done
-    found = {**head(name, made_by(), root), **measure()}
-    write_json_atomic(root / RESULTS / f"{name}.json", found)
-    return found
+    origin = head(name, made_by(params, root), root)
+    with Tracker(params.tracking, root).run("evidence", name, {"seed": params.seed}, {"arm": name}) as record:
+        measured = measure()
+        write_json_atomic(root / RESULTS / f"{name}.json", origin | measured)
+        record.metrics(dict(numbers(measured)))
+        record.artifact(root / RESULTS / f"{name}.json")
+    return origin | measured
 
 
-def head(name: str, made_by: str, root: Path) -> dict:
+def numbers(values: object, name: str = "eval") -> Iterator[tuple[str, float]]:
+    """The numbers in nested values, named ``eval/…`` by the keys and places that lead to them."""
+    if isinstance(values, bool | int | float):
+        yield name, float(values)
+    elif isinstance(values, dict | list):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from numbers(value, f"{name}/{key}")
+
+
+def head(name: str, made_by: MadeBy, root: Path) -> dict:
     """What every result says of where it comes from."""
-    git = git_state(root)
-    return {"name": name, "made_by": made_by, "commit": git.commit, "dirty": git.dirty, "hardware": hardware()}
+    git, (what, code) = git_state(root), made_by
+    return {
+        "name": name, "made_by": what, "code": code,
+        "commit": git.commit, "dirty": git.dirty, "hardware": hardware(),
+    }  # fmt: skip
 
 
 def held_out(params: Params, root: Path) -> list[Row]:

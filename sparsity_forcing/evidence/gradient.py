@@ -19,14 +19,14 @@ from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.evidence.arms import ARMS
-from sparsity_forcing.evidence.experiment import measured_once
+from sparsity_forcing.evidence.experiment import MadeBy, measured_once
 from sparsity_forcing.inputs import BASE, TRAIN, require_inputs
 from sparsity_forcing.lineage import code_digest
 from sparsity_forcing.models.families import vision_tower
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params, ParamsError, TrainParams
 from sparsity_forcing.progress import Progress
-from sparsity_forcing.rl.identity import identity
+from sparsity_forcing.rl.identity import decisive
 from sparsity_forcing.rl.loss import LossInputs, grpo_loss
 from sparsity_forcing.rl.replay import Replay
 from sparsity_forcing.rl.rewards import STD_EPSILON, group_advantages, joint_rewards
@@ -89,8 +89,9 @@ def measure(params: Params, root: Path, draws: int = 40) -> dict:
     require_inputs(root, {BASE: "base", TRAIN: "prepare"})
     if reason := why_not(params):
         raise ParamsError(reason)
-    made_by = partial(made_by_gradient, params, root, draws)
-    return measured_once("gradient", made_by, root, partial(_signals, params, root, draws))
+    return measured_once(
+        "gradient", partial(made_by, draws=draws), params, root, partial(_signals, params, root, draws)
+    )
 
 
 def _signals(params: Params, root: Path, draws: int) -> dict:
@@ -117,10 +118,11 @@ def why_not(params: Params) -> str | None:
     return None
 
 
-def made_by_gradient(params: Params, root: Path, draws: int = 40) -> str:
+def made_by(params: Params, root: Path, draws: int = 40) -> MadeBy:
     """Names all that decides the result."""
-    both = [identity(one, root, 1) for one in (params, ARMS["literal"].params(params))]
-    return fingerprint([both, params.model.device, PROMPTS, draws, code_digest(["evidence/gradient.py"])])
+    both = [decisive(one, root, 1) for one in (params, ARMS["literal"].params(params))]
+    code = [*(one.pop("code") for one in both), code_digest(["evidence/gradient.py"])]
+    return MadeBy(fingerprint([both, params.model.device, PROMPTS, draws]), fingerprint(code))
 
 
 def _gradients(params: Params, root: Path, draws: int, title: str) -> dict[str, Tensor]:

@@ -6,11 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from sparsity_forcing.attention.api import decoder_attention
-from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.data.digits_source import digits_row
-from sparsity_forcing.evidence.experiment import DENSE, made_by_policy, measured_once, sampler_at
+from sparsity_forcing.evidence.experiment import DENSE, MadeBy, made_by_policy, measured_once, sampler_at
 from sparsity_forcing.inputs import BASE, MODELS, POLICY, require_inputs
-from sparsity_forcing.lineage import code_digest
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params, ParamsError
 from sparsity_forcing.progress import Progress
@@ -35,7 +33,7 @@ def measure(params: Params, root: Path) -> dict:
     require_inputs(root, {BASE: "base", POLICY: "train"})
     if reason := why_not(params):
         raise ParamsError(reason)
-    return measured_once("lengths", partial(made_by_lengths, params, root), root, partial(_answered, params, root))
+    return measured_once("lengths", made_by, params, root, partial(_answered, params, root))
 
 
 def _answered(params: Params, root: Path) -> dict:
@@ -72,6 +70,6 @@ def why_not(params: Params) -> str | None:
     return None
 
 
-def made_by_lengths(params: Params, root: Path) -> str:
+def made_by(params: Params, root: Path) -> MadeBy:
     """Names all that decides the result."""
-    return fingerprint([made_by_policy(params, root), code_digest(["evidence/lengths.py"])])
+    return made_by_policy("lengths", params, root)

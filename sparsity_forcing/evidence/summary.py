@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,15 @@ from matplotlib.ticker import PercentFormatter
 
 from sparsity_forcing.evidence import gradient, lengths, turns
 from sparsity_forcing.evidence.arms import ARMS, SEEDS
-from sparsity_forcing.evidence.experiment import DENSE, INPUTS, current, made_by_arm, made_by_base
+from sparsity_forcing.evidence.experiment import (
+    DENSE,
+    INPUTS,
+    MadeBy,
+    accept_code,
+    current,
+    made_by_arm,
+    made_by_base,
+)
 from sparsity_forcing.evidence.tables import (
     arms_table,
     budgets_table,
@@ -29,17 +38,34 @@ from sparsity_forcing.reporting.drawing import Drawing, new_figure
 from sparsity_forcing.reporting.markdown import render_block
 from sparsity_forcing.reporting.readme import with_block
 
+UNTRAINED = {"gradient": gradient, "lengths": lengths, "turns": turns}
 PAGE, README = Path("docs/evidence.md"), Path("README.md")
 DRAWN = (*SEEDS["default"], "one_budget", "prefill_sparse", "literal", "no_efficiency", "shuffled", "sft", "dpo")
 
 
+def makers(params: Params, root: Path) -> dict[str, Callable[[], MadeBy]]:
+    """What decides the result of each experiment, by name: the base, the arms in their order, what is not trained."""
+    of_arms = {name: partial(made_by_arm, arm, params, root) for name, arm in ARMS.items()}
+    untrained = {name: partial(module.made_by, params, root) for name, module in UNTRAINED.items()}
+    return {"base": partial(made_by_base, params, root), **of_arms, **untrained}
+
+
 def read_results(params: Params, root: Path) -> dict[str, dict]:
     """Results by name, of the base and of the arms, in the arms' order: those that are current."""
-    found = {"base": current("base", lambda: made_by_base(params, root), root)}
-    for name, arm in ARMS.items():
+    found, made_by = {}, makers(params, root)
+    for name in ("base", *ARMS):
         with suppress(ParamsError):  # an experiment that does not go with these parameters has not run with them
-            found[name] = current(name, partial(made_by_arm, arm, params, root), root)
+            found[name] = current(name, made_by[name], root)
     return {name: result for name, result in found.items() if result is not None}
+
+
+def accept_results(params: Params, root: Path) -> list[str]:
+    """Names of the results that the present code now counts as its own, see `accept_code`."""
+    accepted = []
+    for name, made_by in makers(params, root).items():
+        with suppress(ParamsError):
+            accepted += [name] if accept_code(name, made_by, root) else []
+    return accepted
 
 
 def blocks_of(results: dict[str, dict], params: Params, root: Path) -> dict[str, Block]:
@@ -48,14 +74,14 @@ def blocks_of(results: dict[str, dict], params: Params, root: Path) -> dict[str,
     What has not run, or not with these parameters, this code, base and data, is called not measured.
     """
     p = str(params.sparsity.p)
-    read = lambda name, made_by: current(name, partial(made_by, params, root), root)  # noqa: E731
+    read = lambda name: current(name, partial(UNTRAINED[name].made_by, params, root), root)  # noqa: E731
     return {
         "seeds": seeds_table(results, p),
         "arms": arms_table(results, p),
-        "gradient": gradient_table(read("gradient", gradient.made_by_gradient), gradient.why_not(params)),
+        "gradient": gradient_table(read("gradient"), gradient.why_not(params)),
         "budgets": budgets_table(results),
-        "turns": turns_table(read("turns", turns.made_by_turns), turns.why_not(params)),
-        "lengths": lengths_table(read("lengths", lengths.made_by_lengths), lengths.why_not(params)),
+        "turns": turns_table(read("turns"), turns.why_not(params)),
+        "lengths": lengths_table(read("lengths"), lengths.why_not(params)),
         "cost": cost_text(results.get("default")),
     }
 
@@ -92,7 +118,7 @@ def pages_with(results: dict[str, dict], params: Params, root: Path) -> dict[Pat
     Raises:
         ReadmeError: a page has no place for one of them.
     """
-    asked_twice = current("turns", partial(turns.made_by_turns, params, root), root)
+    asked_twice = current("turns", partial(turns.made_by, params, root), root)
     short = {"evidence": headline_text(results, asked_twice, str(params.sparsity.p))}
     pages = {}
     for path, blocks in ((PAGE, blocks_of(results, params, root)), (README, short)):

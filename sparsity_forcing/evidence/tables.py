@@ -128,7 +128,7 @@ def paired(first: str, second: str) -> PairedDifference:
 
 
 def seeds_table(results: dict[str, dict], p: str) -> Table | Missing:
-    """Of the headlines, where every seed has run: the ratios, and the mean loss with Student's 95% interval."""
+    """Of the headlines, where every seed has run: the ratios and the loss, their means with Student's 95% intervals."""
     if "base" not in results:
         return Missing("The headline across seeds", NOT_RUN)
     dense = results["base"]["test"][str(DENSE)]["accuracy"]
@@ -143,13 +143,15 @@ def seeds_table(results: dict[str, dict], p: str) -> Table | Missing:
         difference = f"{fmt.points(loss[0], 2)} ({fmt.points(loss[1], 2)} … {fmt.points(loss[2], 2)})"
         accuracies = ", ".join(fmt.percent(found["accuracy"]) for found in at)
         shown = ", ".join(map(fmt.percent, ratios))
-        rows.append([headline, str(len(names)), shown, fmt.percent(mean(ratios)), accuracies, difference])
+        kept = student_interval(ratios)
+        kept_mean = f"{fmt.percent(kept[0])} ({fmt.percent(max(0.0, kept[1]))} … {fmt.percent(min(1.0, kept[2]))})"
+        rows.append([headline, str(len(names)), shown, kept_mean, accuracies, difference])
     caption = (
-        f"At p = {p}, all seeds from one base, which answers {fmt.percent(dense)} dense. The points are the mean over "
-        "the seeds with Student's 95% interval: of the training seed alone, for this base and these questions"
+        f"At p = {p}, all seeds from one base, which answers {fmt.percent(dense)} dense. Means are over the "
+        "seeds, with Student's 95% interval: of the training seed alone, for this base and these questions"
     )
     columns = [
-        *(Column("Experiment", numeric=False), Column("Seeds"), Column("Visual tokens kept"), Column("Mean")),
+        *(Column("Experiment", numeric=False), Column("Seeds"), Column("Visual tokens kept"), Column("Mean kept")),
         *(Column("Accuracy"), Column("Points against the dense base")),
     ]
     return Table(caption, columns, rows)
@@ -181,17 +183,21 @@ def gradient_table(found: dict | None, why_not: str | None = None) -> Table | Mi
 
 
 def budgets_table(results: dict[str, dict]) -> Table | Missing:
-    """Visual tokens kept and accuracy of base and policies at every budget they were judged at."""
+    """Visual tokens kept and accuracy of base and policies at every budget they were judged at, and the policies'
+    points against the base at the same one."""
     budgets = {str(p) for p in ANY_BUDGET}
     names = [name for name in ("base", *ARMS) if name in results and budgets <= results[name]["test"].keys()]
-    if not names:
+    if "base" not in names:
         return Missing("Accuracy at any budget", NOT_RUN)
     rows = []
     for p in sorted(results[names[0]]["test"], key=float):
         at = [results[name]["test"].get(p) for name in names]
         cells = [fmt.percent(found["accuracy"]) + " at " + fmt.percent(found["visual_token_ratio"]) for found in at]
-        rows.append([p, *cells])
-    return Table("Accuracy at visual tokens kept", [Column("p"), *(Column(name) for name in names)], rows)
+        rows.append([p, *cells, *(_points(found, at[0]) for found in at[1:])])
+    columns = [Column("p"), *(Column(name) for name in names)]
+    columns += [Column(name, group="points against the base at the same p") for name in names[1:]]
+    caption = "Accuracy at visual tokens kept; differences on the same questions, with 95% intervals"
+    return Table(caption, columns, rows)
 
 
 def lengths_table(found: dict | None, why_not: str | None = None) -> Table | Missing:

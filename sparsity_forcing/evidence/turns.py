@@ -14,12 +14,10 @@ from torch import Tensor
 
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.attention.context import SparseContext
-from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.data.digits import COLOURS, questions_about
 from sparsity_forcing.data.schema import Row
-from sparsity_forcing.evidence.experiment import DENSE, held_out, made_by_policy, measured_once, sampler_at
+from sparsity_forcing.evidence.experiment import DENSE, MadeBy, held_out, made_by_policy, measured_once, sampler_at
 from sparsity_forcing.inputs import BASE, MODELS, POLICY, require_inputs
-from sparsity_forcing.lineage import code_digest
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params, ParamsError
 from sparsity_forcing.progress import Progress
@@ -64,7 +62,7 @@ def measure(params: Params, root: Path) -> dict:
     require_inputs(root, {BASE: "base", POLICY: "train"})
     if reason := why_not(params):
         raise ParamsError(reason)
-    return measured_once("turns", partial(made_by_turns, params, root), root, partial(_answered, params, root))
+    return measured_once("turns", made_by, params, root, partial(_answered, params, root))
 
 
 def _answered(params: Params, root: Path) -> dict:
@@ -140,6 +138,6 @@ def answered_twice(
     }
 
 
-def made_by_turns(params: Params, root: Path) -> str:
+def made_by(params: Params, root: Path) -> MadeBy:
     """Names all that decides the result."""
-    return fingerprint([made_by_policy(params, root), code_digest(["evidence/turns.py"])])
+    return made_by_policy("turns", params, root)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
 from tiny_families import build_family
 from typer.testing import CliRunner
 
@@ -28,7 +29,7 @@ from sparsity_forcing.evidence import experiment, gradient, lengths, turns
 from sparsity_forcing.evidence.alternatives import OBJECTIVES
 from sparsity_forcing.evidence.arms import ARMS, Arm
 from sparsity_forcing.evidence.experiment import run_arm, run_base
-from sparsity_forcing.evidence.summary import read_results, write_summary
+from sparsity_forcing.evidence.summary import accept_results, read_results, write_summary
 from sparsity_forcing.evidence.tables import GRADIENTS
 from sparsity_forcing.inputs import InputError
 from sparsity_forcing.models.load import load
@@ -111,6 +112,30 @@ def test_a_result_is_current_until_something_that_decides_it_changes(prepared):
         prepared / "data/prepared/test.parquet",
     )
     assert read_results(params, prepared) == {}
+
+
+def test_a_result_of_other_code_is_kept_if_one_says_so_and_nothing_else_has_changed(prepared, monkeypatch):
+    params = load_params(prepared / "params.yaml")
+    first = run_base(params, prepared)
+    monkeypatch.setattr(experiment, "code_digest", lambda paths: "of other code")
+    assert read_results(params, prepared) == {}
+    other = params.model_copy(update={"seed": 1})
+    assert accept_results(other, prepared) == []
+    assert accept_results(params, prepared) == ["base"]
+    assert accept_results(params, prepared) == []
+    kept = read_results(params, prepared)["base"]
+    assert kept["code"] != first["code"]
+    assert {**kept, "code": first["code"]} == json.loads(json.dumps(first))
+
+
+def test_what_is_not_trained_is_recorded_too(prepared):
+    params = load_params(prepared / "params.yaml")
+    found = run_base(params, prepared)
+    client = MlflowClient(tracking_uri=f"sqlite:///{prepared / 'mlflow.db'}")
+    (run,) = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert run.data.tags["arm"] == "base"
+    assert run.data.metrics["eval/test/0.8/visual_token_ratio"] == found["test"]["0.8"]["visual_token_ratio"]
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["base.json"]
 
 
 def test_hard_questions_are_those_the_base_gets_wrong(prepared, monkeypatch):

@@ -125,7 +125,8 @@ def test_seeds_are_only_spoken_of_when_all_have_run():
     assert isinstance(seeds_table({}, "0.975"), Missing)
     seeds = {name: result(name, 0.3, "1111111100") for name in ("default_seed_1", "default_seed_2")}
     row = seeds_table(RESULTS | seeds, "0.975").rows[0]
-    assert row == ["default", "3", "31.0%, 30.0%, 30.0%", "30.3%", "80.0%, 80.0%, 80.0%", "−10.00 (−10.00 … −10.00)"]
+    changed = ("80.0%, 80.0%, 80.0%", "−10.00 (−10.00 … −10.00)")
+    assert row == ["default", "3", "31.0%, 30.0%, 30.0%", "30.3% (28.9% … 31.8%)", *changed]
 
 
 def test_the_gradient_table_names_every_part():
@@ -141,12 +142,14 @@ def test_budgets_are_compared_for_those_that_were_judged_at_them():
     results = {name: result(name, ratio, "1111111100") for name, ratio in (("base", 0.9), ("default", 0.3))}
     for name, found in results.items():
         for p in ANY_BUDGET:
-            found["test"][str(p)] = {"accuracy": 0.25 if name == "base" else 0.75, "visual_token_ratio": 0.125}
+            accuracy, scores = (0.25, "1000") if name == "base" else (0.75, "1101")
+            found["test"][str(p)] = {"accuracy": accuracy, "visual_token_ratio": 0.125, "scores": scores}
     literal = result("literal", 0.9, "1111111100")
     literal["test"]["0.5"] = results["base"]["test"]["0.5"]  # of evaluate.budgets, not judged at the others
     table = budgets_table(results | {"literal": literal})
-    assert [column.label for column in table.columns] == ["p", "base", "default"]
-    assert table.rows[0] == ["0.5", "25.0% at 12.5%", "75.0% at 12.5%"]
+    assert [column.label for column in table.columns] == ["p", "base", "default", "default"]
+    assert table.rows[0][:3] == ["0.5", "25.0% at 12.5%", "75.0% at 12.5%"]
+    assert table.rows[0][3].startswith("+50.0 (")
     assert [row[0] for row in table.rows] == [*map(str, ANY_BUDGET), "0.975", "1.0"]
     assert isinstance(budgets_table({}), Missing)
 
