@@ -136,7 +136,7 @@ def made_by_policy(module: str, params: Params, root: Path) -> MadeBy:
 def current(name: str, made_by: Callable[[], MadeBy], root: Path) -> dict | None:
     """The result of this name, if there is one and nothing that decides it has changed since."""
     found = stored(name, root)
-    return found if found is not None and (found["made_by"], found["code"]) == made_by() else None
+    return found if found is not None and (found["made_by"], found.get("code")) == made_by() else None
 
 
 def stored(name: str, root: Path) -> dict | None:
@@ -149,7 +149,7 @@ def accept_code(name: str, made_by: Callable[[], MadeBy], root: Path) -> bool:
     """Takes a result of other code for one of the present code, if nothing else that decides it has changed; whether
     there was one. Its ``commit`` stays that of the measurement."""
     found = stored(name, root)
-    if found is None or found["made_by"] != made_by().what or found["code"] == made_by().code:
+    if found is None or found["made_by"] != made_by().what or found.get("code") == made_by().code:
         return False
     write_json_atomic(root / RESULTS / f"{name}.json", found | {"code": made_by().code})
     return True
