@@ -123,6 +123,7 @@ class Trainer:
         self.best: dict | None = None
         self._unfinished: dict | None = None  # metrics of a step whose validation was cut off
         self._stop: StopSignal | None = None
+        self._saved_step = 0
         self._below_guard = 0  # validations in a row
         self._replay_warned = False
 
@@ -161,7 +162,7 @@ class Trainer:
                     self._save()
                 self._look_for_stop()
         except StoppedError as stopped:
-            if self.step:
+            if self._unfinished or self._saved_step != self.step:
                 self._save()
             what = f"saved step {self.step}" if self.step else "before the first step: there is nothing to save"
             _log.warning("stopped by signal %d; %s", stopped.number, what)
@@ -370,6 +371,7 @@ class Trainer:
             broadcast_object_list(directory)
             self._write_state(Path(directory[0]))
         self.accelerator.wait_for_everyone()
+        self._saved_step = self.step
 
     def _write_state(self, directory: Path) -> None:
         self.accelerator.save_state(str(directory), safe_serialization=True)
@@ -390,6 +392,7 @@ class Trainer:
         self.accelerator.load_state(directory)
         self._follow_learner()
         self.step, self.updater.skipped_steps = state["step"], state["skipped_steps"]
+        self._saved_step = self.step
         self.history, self.best, self._below_guard = state["history"], state["best"], state["below_guard"]
         self._unfinished = state["unfinished"]
         self._began -= state["seconds"]
