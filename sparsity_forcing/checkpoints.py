@@ -44,7 +44,8 @@ class Checkpoints:
     def __init__(self, directory: Path, fingerprint: str, keep: int = 2, made_of: dict | None = None) -> None:
         if keep < 2:
             raise ValueError(f"keep must be at least 2, got {keep}: the newest may turn out corrupted")
-        self.directory, self.keep, self.made_of = Path(directory) / fingerprint, keep, made_of
+        self.directory, self.keep = Path(directory) / fingerprint, keep
+        self.made_of = json.loads(json.dumps(made_of, default=str))  # as it is read again
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Lets ``write`` fill a temporary directory, seals it with a manifest and renames it; drops the oldest."""
@@ -65,7 +66,11 @@ class Checkpoints:
         return next(((_step(path), path) for path in self.whole()), None)
 
     def whole(self) -> Iterator[Path]:
-        """The whole checkpoints, newest first. A corrupted one is named in the log and passed over."""
+        """The whole checkpoints, newest first. A corrupted one is named in the log and passed over; where there is
+        none, so are those of other configurations."""
+        if not self._all("step"):
+            for line in self.refused():
+                _log.warning("not resumed: %s; it is removed when this run ends", line)
         for path in reversed(self._all("step")):
             fault = _fault(path)
             if fault is None:
@@ -88,8 +93,10 @@ class Checkpoints:
         for other in sorted(self.directory.parent.glob("*")):
             steps = [_step(path) for path in other.glob("step-*")]
             if other != self.directory and steps:
-                differences = "; ".join(_differences(_made_of(other), self.made_of)) or "it is not known in what"
-                lines.append(f"{other} (step {max(steps)}) is of another configuration: {differences}")
+                differences = "; ".join(_differences(_made_of(other), self.made_of)) if self.made_of else ""
+                lines.append(
+                    f"{other} (step {max(steps)}) is of another configuration{differences and ': '}{differences}"
+                )
         return lines
 
     def clear(self) -> None:
@@ -126,19 +133,16 @@ def _made_of(directory: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def _differences(there: dict, here: dict | None) -> list[str]:
-    """What two configurations differ in, by dotted name; nothing where one of them is not known."""
-    if not there or not here:
-        return []
-    old, new = _flat(there), _flat(json.loads(json.dumps(here, default=str)))
-    lines = []
-    for name in sorted(old.keys() | new.keys()):
-        before, now = (values.get(name, "absent") for values in (old, new))
-        if before != now:
-            is_digest = any(isinstance(value, str) and len(value) == _DIGEST for value in (before, now))
-            both = "absent" not in (before, now)
-            lines.append(f"{name} has changed" if is_digest and both else f"{name} was {before}, is {now}")
-    return lines
+def _differences(there: dict, here: dict) -> list[str]:
+    """What two configurations differ in, by dotted name; nothing where the first is not known."""
+    old, new = _flat(there), _flat(here)
+    changed = sorted(name for name in old.keys() | new.keys() if there and old.get(name) != new.get(name))
+    return [_told(name, old.get(name), new.get(name)) for name in changed]
+
+
+def _told(name: str, before: object, now: object) -> str:
+    digests = all(isinstance(value, str) and len(value) == _DIGEST for value in (before, now))
+    return f"{name} has changed" if digests else f"{name} was {before}, is {now}"
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, object]:

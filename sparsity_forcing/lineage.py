@@ -120,12 +120,12 @@ def code_digest(paths: Sequence[Path | str]) -> str:
 
 
 def _code_of(file: Path) -> str:
-    """A Python file's syntax tree without docstrings; the text itself of what Python cannot read."""
-    source = file.read_text(encoding="utf-8")
+    """A Python file's syntax tree without docstrings; the digest of what Python cannot read, a compiled module say."""
+    source = file.read_bytes()
     try:
         tree = ast.parse(source)
-    except SyntaxError:
-        return source
+    except (SyntaxError, ValueError):
+        return hashlib.sha256(source).hexdigest()
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         if documented and ast.get_docstring(node, clean=False) is not None:

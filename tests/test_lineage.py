@@ -130,8 +130,13 @@ def test_a_code_digest_names_source_files_and_nothing_else(tmp_path):
     before = code_digest([second])
     (second / "a.py").write_text('"""What it is."""\n\na = (1)  # one\n')
     assert code_digest([second]) == before  # the same code
-    (second / "a.py").write_text("a = 1 +\n")
-    assert code_digest([second]) != before
+    (second / "a.py").write_bytes("# -*- coding: latin-1 -*-\na = 1  # é\n".encode("latin-1"))
+    assert code_digest([second]) == before
+    seen = {before}
+    for no_source in (b"a = 1 +\n", b"\x7fELF\0\xff compiled", b"\x7fELF\0\xfe compiled"):
+        (second / "a.py").write_bytes(no_source)
+        seen.add(code_digest([second]))
+    assert len(seen) == 4
     assert code_digest([second / "a.py"]) != code_digest([second])
     assert len({code_digest(["rl"]), code_digest(["scoring.py"]), code_digest(["rl", "scoring.py"])}) == 3
     with pytest.raises(FileNotFoundError, match="no_such_package is named as code"):

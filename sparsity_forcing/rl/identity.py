@@ -6,7 +6,6 @@ from pathlib import Path
 
 import sparsity_kernels
 
-from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.inputs import BASE, TRAIN, VALIDATION
 from sparsity_forcing.lineage import code_digest, file_digest, versions
 from sparsity_forcing.params import Params
@@ -22,14 +21,9 @@ INDIFFERENT = {
 }
 
 
-def identity(params: Params, root: Path, processes: int, sharded: bool = False) -> str:
-    """Names all that decides the weights that come out: a checkpoint of anything else is not resumed from, nor is a
-    ``sharded`` one where weights are whole."""
-    return fingerprint(decisive(params, root, processes, sharded))
-
-
 def decisive(params: Params, root: Path, processes: int, sharded: bool = False) -> dict:
-    """What `identity` names, by what it is: parameters as in params.yaml, ``code`` and ``files`` as digests."""
+    """All that decides the weights that come out, by what it is: parameters as in params.yaml, ``code`` and ``files``
+    as digests. A checkpoint of anything else is not resumed from, nor is a ``sharded`` one where weights are whole."""
     code = [*CODE, Path(sparsity_kernels.__file__).parent, *score_code(params.train.reward.correct)]
     files = sorted(path for path in (root / BASE).rglob("*") if path.is_file())
     return {

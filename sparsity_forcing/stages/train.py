@@ -27,7 +27,6 @@ from sparsity_forcing.rl.trainer import Trainer
 from sparsity_forcing.rl.validation import VALIDATED
 from sparsity_forcing.tracking import Run, Tracker
 
-_log = logging.getLogger(__name__)
 CURVES = Path("plots/train.csv")
 CHECKPOINTS = Path("checkpoints/train")
 
@@ -49,9 +48,6 @@ def run(params: Params, root: Path) -> dict:
     tracker = Tracker(params.tracking, root) if process.is_main_process else None
     made_of = decisive(params, root, process.num_processes, launched_sharded())
     checkpoints = Checkpoints(root / CHECKPOINTS, fingerprint(made_of), params.train.keep_checkpoints, made_of)
-    if checkpoints.latest() is None:
-        for line in checkpoints.refused():
-            _log.warning("not resumed: %s. Set these back to go on from it; it is removed when this one ends", line)
     with explained_memory("set model.dtype: bfloat16, or train a smaller model"):
         model, processor = load(root / BASE, params.model.dtype, str(process.device))
     with _recorded(tracker, params, root) as record:

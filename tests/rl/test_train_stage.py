@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_families import build_family
 from transformers import AutoModelForImageTextToText
 
+from sparsity_forcing.checkpoints import fingerprint
 from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import write_rows
 from sparsity_forcing.inputs import InputError
@@ -26,7 +27,7 @@ from sparsity_forcing.lineage import hardware
 from sparsity_forcing.params import DigitsParams, load_params, parse_params
 from sparsity_forcing.rl import identity as naming
 from sparsity_forcing.rl.errors import TrainingError
-from sparsity_forcing.rl.identity import identity
+from sparsity_forcing.rl.identity import decisive
 from sparsity_forcing.stages.train import run
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +124,11 @@ def changed(workspace: Path, **values: object):
     params = yaml.safe_load((workspace / "params.yaml").read_text())
     params["train"] |= values
     return parse_params(params)
+
+
+def identity(*args) -> str:
+    """The name of the training's checkpoints."""
+    return fingerprint(decisive(*args))
 
 
 DIFFERENT = [
