@@ -65,8 +65,8 @@ class Trainer:
         config, sparsity: how to train; how a layer selects. ``sparsity.p`` is the deployment budget of validation.
         seed: of batches, noise and samples.
         checkpoints: where the run is saved and resumed from; all processes see the same directory.
-        on_step: called after every step with its metrics, and with a sample table on the steps that log one; in the
-            main process only.
+        on_step: called after every step with its metrics, and with a sample table on the steps that log one, unless
+            their validation is another process's that was stopped in it; in the main process only.
 
     Raises:
         TrainingError: the model or the parameters do not allow the training.
@@ -123,7 +123,7 @@ class Trainer:
         self.best: dict | None = None
         self._unfinished: dict | None = None  # metrics of a step whose validation was cut off
         self._stop: StopSignal | None = None
-        self._saved_step = 0
+        self._unsaved = False  # whether there is more than the newest checkpoint holds
         self._below_guard = 0  # validations in a row
         self._replay_warned = False
 
@@ -162,9 +162,9 @@ class Trainer:
                     self._save()
                 self._look_for_stop()
         except StoppedError as stopped:
-            if self._unfinished or self._saved_step != self.step:
+            if self._unsaved:
                 self._save()
-            what = f"saved step {self.step}" if self.step else "before the first step: there is nothing to save"
+            what = f"step {self.step} is saved" if self.step else "before the first step: there is nothing to save"
             _log.warning("stopped by signal %d; %s", stopped.number, what)
             sys.exit(128 + stopped.number)
         if self.step < self.config.steps:
@@ -174,10 +174,12 @@ class Trainer:
             )  # fmt: skip
 
     def _look_for_stop(self) -> None:
-        """Ends the run if a process was asked to: with what the last step left, as long as the optimizer has not moved.
+        """Ends the run if a process was asked to, with what the last step left.
 
-        Looked for after rollouts, before each pass of a step and after a batch of validation; rollouts are cut off. So
-        the longest pass, not a step, is what it takes to stop.
+        Looked for after rollouts, before the passes of a step until the optimizer has moved, and after a batch of
+        validation; a process that was asked cuts its answers off. So it takes a pass, not a step, where all processes
+        are asked; scoring the answers, further updates of `num_iterations`, and the rollouts of a process that was not
+        asked are waited for.
         """
         if self._stop is not None:
             self._stop.look(self.accelerator)
@@ -194,13 +196,14 @@ class Trainer:
             if self.step == 1:
                 metrics |= self._start
             self._unfinished = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            self._unsaved = True
         metrics = self._unfinished
         if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
             began = time.perf_counter()
             found = self._validate_and_keep_best()
             metrics |= {f"validation_{name}": value for name, value in found.items()}
             metrics["seconds_validation"] = time.perf_counter() - began
-        self._unfinished = None
+        self._unfinished, self._unsaved = None, True
         self.history.append(metrics)
         if self.accelerator.is_main_process:
             logs_samples = self.step % self.config.log_samples_every == 0 or self.step == self.config.steps
@@ -371,7 +374,7 @@ class Trainer:
             broadcast_object_list(directory)
             self._write_state(Path(directory[0]))
         self.accelerator.wait_for_everyone()
-        self._saved_step = self.step
+        self._unsaved = False
 
     def _write_state(self, directory: Path) -> None:
         self.accelerator.save_state(str(directory), safe_serialization=True)
@@ -392,7 +395,6 @@ class Trainer:
         self.accelerator.load_state(directory)
         self._follow_learner()
         self.step, self.updater.skipped_steps = state["step"], state["skipped_steps"]
-        self._saved_step = self.step
         self.history, self.best, self._below_guard = state["history"], state["best"], state["below_guard"]
         self._unfinished = state["unfinished"]
         self._began -= state["seconds"]

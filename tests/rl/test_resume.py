@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -60,11 +61,12 @@ def test_a_corrupted_checkpoint_falls_back_to_the_one_before(tmp_path, caplog):
     assert_bit_equal(state(resumed), state(straight))
 
 
-def test_another_configuration_starts_over(tmp_path, caplog):
+def test_another_configuration_starts_over_and_says_so(tmp_path, caplog):
     trainer_of(tmp_path, steps=2).train()
     other = trainer_of(tmp_path, identity="def", steps=2)
     assert len(other.train()) == 2
-    assert "resumed" not in caplog.text
+    assert "resumed from" not in caplog.text
+    assert f"not resumed: {tmp_path / 'abc'} (step 2) is of another configuration" in caplog.text
 
 
 def test_asked_to_stop_it_ends_its_step_saves_and_exits(tmp_path):
@@ -105,6 +107,15 @@ def test_asked_to_stop_while_it_validates_it_goes_on_with_the_validation(tmp_pat
     assert exit_code.value.code == 143
     assert batches == [1]  # of three
     assert Checkpoints(tmp_path / "resumed", "abc").latest()[0] == validate_every
+    again = trainer_of(tmp_path / "resumed", **changes)  # stopped once more, when the validation is done
+    monkeypatch.setattr(again.sampler, "roll_out", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        again.train()
+    assert (
+        json.loads((Checkpoints(tmp_path / "resumed", "abc").latest()[1] / "trainer.json").read_text())["unfinished"]
+        is None
+    )
+
     resumed = trainer_of(tmp_path / "resumed", record := Recorder(), **changes)
     assert timeless(resumed.train()) == timeless(history)
     assert timeless(record.steps) == timeless(history)
