@@ -66,8 +66,8 @@ def sparse_generate(
 
     Raises:
         ValueError: p or another argument is out of range, the inputs are padded on the right, the family is not
-            supported, a generator is missing, the prompts do not begin with ``prefix``, or attention logits are not
-            finite.
+            supported, a generator is missing, there is no visual prefix to keep, ``prefix`` is of other prompts or of
+            another model, or attention logits are not finite.
     """
     require_supported(model.config)
     settings = SparsityParams.model_validate({**(settings or SparsityParams()).model_dump(), **overrides})
@@ -104,7 +104,7 @@ def sparse_generate(
         if prefix is None:
             cache = run_prefix(model, prompts, group, room=max_new_tokens)
         else:
-            cache = prefix.cache(prompts, inputs, group, room=max_new_tokens)
+            cache = prefix.cache(model, prompts, inputs, group, room=max_new_tokens)
         context = SparseContext(settings, prompts.layout.repeat(group), budget.expand(rows), cache)
         logits = run_rest(model, prompts, group, cache, None, None, context, keep=1)[:, -1]
         position = prompts.next_position.repeat_interleave(group)

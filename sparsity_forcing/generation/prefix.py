@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,8 @@ class VisualPrefix:
     """Keys and values of everything up to the last visual token, before any selection.
 
     ``keys``, ``values``: per layer (queries, key heads, slots, head dim). ``input_ids``, ``valid``: (queries, slots).
-    ``position_ids``: (axes, queries, slots). ``pixels``: SHA-256 of the images' pixels.
+    ``position_ids``: (axes, queries, slots). ``pixels``: SHA-256 of the images' pixels. ``model``: whose they are; that
+    its weights have not changed since is for the caller to know.
     """
 
     keys: tuple[Tensor, ...]
@@ -28,6 +30,7 @@ class VisualPrefix:
     valid: Tensor
     position_ids: Tensor
     pixels: str
+    model: weakref.ref
 
     @classmethod
     def of(cls, model, prompts: Prompts, inputs: dict) -> VisualPrefix:
@@ -40,14 +43,16 @@ class VisualPrefix:
             raise ValueError("there is no visual prefix to keep: the prompts show no image, or the settings share none")
         layers = run_prefix(model, prompts, 1).layers
         keys, values = (tuple(getattr(layer, name) for layer in layers) for name in ("keys", "values"))
-        return cls(keys, values, *_head(prompts), _digest(inputs))
+        return cls(keys, values, *_head(prompts), _digest(inputs), weakref.ref(model))
 
-    def cache(self, prompts: Prompts, inputs: dict, group: int, room: int = 0) -> Cache:
+    def cache(self, model, prompts: Prompts, inputs: dict, group: int, room: int = 0) -> Cache:
         """What `run_prefix` gives for ``prompts``, without running the model.
 
         Raises:
-            ValueError: their visual prefix is another one.
+            ValueError: their visual prefix is another one, or another model's.
         """
+        if self.model() is not model:
+            raise ValueError("this visual prefix was kept by another model: its keys and values are of other weights")
         kept = (self.input_ids, self.valid, self.position_ids)
         same = all(torch.equal(one, other) for one, other in zip(kept, _head(prompts), strict=True))
         if not same or self.pixels != _digest(inputs):
@@ -60,10 +65,6 @@ class VisualPrefix:
             layer.update(keys, values)
         cache.batch_repeat_interleave(group)
         return cache
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
 
 def _digest(inputs: dict) -> str:
