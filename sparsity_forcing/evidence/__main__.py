@@ -24,27 +24,16 @@ import typer
 from sparsity_forcing.__main__ import explains_itself, explanation, set_environment
 from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import read_rows
-from sparsity_forcing.evidence import gradient, lengths, turns
 from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base, why_not_undistorted
-from sparsity_forcing.evidence.summary import accept_results, pages_with, write_summary
+from sparsity_forcing.evidence.summary import UNTRAINED, accept_results, pages_with, write_summary
 from sparsity_forcing.inputs import POLICY, TEST, TRAIN, require_inputs
 from sparsity_forcing.params import Params, ParamsError, load_params
 
 ROOT = Path(".")
-UNTRAINED = {
-    "base": run_base,
-    "gradient": gradient.measure,
-    "lengths": lengths.measure,
-    "turns": turns.measure,
-}
+MEASURED = {"base": run_base, **{name: module.measure for name, module in UNTRAINED.items()}}
 OF_THE_POLICY = {"lengths", "turns"}
-WHY_NOT = {
-    "gradient": gradient.why_not,
-    "lengths": lengths.why_not,
-    "turns": turns.why_not,
-    "undistorted": why_not_undistorted,
-}
+WHY_NOT = {name: module.why_not for name, module in UNTRAINED.items()} | {"undistorted": why_not_undistorted}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -54,12 +43,12 @@ def main(
     jobs: Annotated[int, typer.Option(min=1, help="Experiments at a time, one CPU thread each.")] = 2,
     only_summary: Annotated[bool, typer.Option(help="Run nothing; write the pages from what has run.")] = False,
     accept_code: Annotated[
-        bool, typer.Option(help="First count results of other code as those of the present one, as `dvc commit` does.")
+        bool, typer.Option(help="First count their results of other code as those of the present one.")
     ] = False,
 ) -> None:
     """Runs experiments and writes their summary."""
     signal.signal(signal.SIGTERM, _stop)
-    known = [*UNTRAINED, *ARMS]
+    known = [*MEASURED, *ARMS]
     if unknown := sorted(set(experiments or ()) - set(known)):
         typer.echo(f"evidence: there is no experiment {', '.join(unknown)}; one of {', '.join(known)}", err=True)
         raise typer.Exit(2)
@@ -74,7 +63,7 @@ def main(
                 ARMS[name].params(params)
         set_environment(params, ROOT)  # before the processes: one thread each
         if accept_code:
-            typer.echo(f"evidence: accepted {', '.join(accept_results(params, ROOT)) or 'nothing'}", err=True)
+            typer.echo(f"evidence: accepted {', '.join(accept_results(names, params, ROOT)) or 'nothing'}", err=True)
         pages_with({}, params, ROOT)  # what is wrong with a page is found before the hours
         failed = [] if only_summary else run_all(names, jobs)
         summary = write_summary(params, ROOT)
@@ -129,7 +118,7 @@ def run_one(name: str) -> int:
     signal.signal(signal.SIGTERM, _stop)
     try:
         params = load_params(ROOT / "params.yaml")
-        UNTRAINED[name](params, ROOT) if name in UNTRAINED else run_arm(ARMS[name], params, ROOT)
+        MEASURED[name](params, ROOT) if name in MEASURED else run_arm(ARMS[name], params, ROOT)
     except Exception as error:
         if not explains_itself(error):
             raise

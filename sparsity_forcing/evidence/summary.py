@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -59,13 +59,10 @@ def read_results(params: Params, root: Path) -> dict[str, dict]:
     return {name: result for name, result in found.items() if result is not None}
 
 
-def accept_results(params: Params, root: Path) -> list[str]:
-    """Names of the results that the present code now counts as its own, see `accept_code`."""
-    accepted = []
-    for name, made_by in makers(params, root).items():
-        with suppress(ParamsError):
-            accepted += [name] if accept_code(name, made_by, root) else []
-    return accepted
+def accept_results(names: Iterable[str], params: Params, root: Path) -> list[str]:
+    """Those of ``names`` whose results the present code now counts as its own, see `accept_code`."""
+    made_by = makers(params, root)
+    return [name for name in names if accept_code(name, made_by[name], root)]
 
 
 def blocks_of(results: dict[str, dict], params: Params, root: Path) -> dict[str, Block]:

@@ -120,9 +120,10 @@ def test_a_result_of_other_code_is_kept_if_one_says_so_and_nothing_else_has_chan
     monkeypatch.setattr(experiment, "code_digest", lambda paths: "of other code")
     assert read_results(params, prepared) == {}
     other = params.model_copy(update={"seed": 1})
-    assert accept_results(other, prepared) == []
-    assert accept_results(params, prepared) == ["base"]
-    assert accept_results(params, prepared) == []
+    assert accept_results(["base"], other, prepared) == []
+    assert accept_results(["gradient", "default"], params, prepared) == []
+    assert accept_results(["base"], params, prepared) == ["base"]
+    assert accept_results(["base"], params, prepared) == []
     kept = read_results(params, prepared)["base"]
     assert kept["code"] != first["code"]
     assert {**kept, "code": first["code"]} == json.loads(json.dumps(first))
