@@ -83,9 +83,7 @@ def _label_budgets(axes: Axes, rows: Sequence[BenchmarkRow], colour: str, below:
             neighbours.append([row])
     for group in neighbours:
         edge = min(row.accuracy_low for row in group) if below else max(row.accuracy_high for row in group)
-        latest: dict[
-            int, float
-        ] = {}  # where each line of labels has its last one: a line is used again where it is free
+        latest: dict[int, float] = {}  # place of the last label of each line, which is used again where it is free
         for row in group:
             x = row.visual_token_ratio
             level = next(line for line in count() if x - latest.get(line, -1.0) >= LABEL_WIDTH)

@@ -45,5 +45,7 @@ def test_dvc_alone_and_the_flow_leave_the_same_lock(smoke_workspace, tmp_path, m
     by_flow = tmp_path / "by-flow"
     copy_workspace(ROOT, by_flow, "smoke")
     shutil.copy(migrated_store, by_flow / "mlflow.db")
-    run("flows.pipeline", "prepare", root=by_flow, environment=prefect_environment)
+    said = run("flows.pipeline", "prepare", root=by_flow, environment=prefect_environment)
+    assert "Running stage 'prepare'" in said
     assert locked(by_flow) == {"prepare": before["prepare"]}
+    assert "up to date" in run("dvc", "status", "prepare", root=by_flow, environment=prefect_environment)

@@ -11,7 +11,7 @@ import pandas as pd
 from sparsity_forcing.data.digits import load_scans, render
 from sparsity_forcing.data.schema import Row, write_rows
 from sparsity_forcing.evaluation.samples import write_samples
-from sparsity_forcing.evaluation.table import benchmark_table
+from sparsity_forcing.evaluation.table import BenchmarkRow, benchmark_table
 from sparsity_forcing.reporting.content import BASE_ARM, DENSE_ARM, POLICY_ARM, Measured
 from sparsity_forcing.reporting.kept import Kept, KeptRow, kept_by_kind
 
@@ -20,6 +20,22 @@ RATIOS = {"base": 0.92, "policy": 0.3}
 PROFILE_POINT = {"p": 0.5, "n": 12, "token_ratio": 0.6, "visual_token_ratio": 0.5}
 PROFILE_POINT |= {"accuracy": 0.9, "accuracy_low": 0.7, "accuracy_high": 0.95}
 ACCURACY = {"base": 0.9, "policy": 0.8}
+
+
+def benchmark_row(checkpoint: str, method: str, p: float, accuracy: float, ratio: float) -> BenchmarkRow:
+    """A line of the comparison, over all benchmarks; its interval is two points wide to either side."""
+    return BenchmarkRow(
+        method=method,
+        checkpoint=checkpoint,
+        p=p,
+        benchmark="average",
+        n=200,
+        accuracy=accuracy,
+        accuracy_low=accuracy - 0.02,
+        accuracy_high=accuracy + 0.02,
+        token_ratio=ratio,
+        visual_token_ratio=ratio,
+    )
 
 
 def digit_rows(count: int) -> list[Row]:

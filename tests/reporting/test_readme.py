@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from report_workspace import benchmark_row
 
-from sparsity_forcing.evaluation.table import BenchmarkRow, BenchmarkTable
+from sparsity_forcing.evaluation.table import BenchmarkTable
 from sparsity_forcing.reporting.readme import ReadmeError, results, speed, with_block
 
-
-def row(checkpoint: str, method: str, p: float, accuracy: float, ratio: float) -> BenchmarkRow:
-    return BenchmarkRow(
-        method=method,
-        checkpoint=checkpoint,
-        p=p,
-        benchmark="average",
-        n=200,
-        accuracy=accuracy,
-        accuracy_low=accuracy - 0.02,
-        accuracy_high=accuracy + 0.02,
-        token_ratio=ratio,
-        visual_token_ratio=ratio,
-    )
-
-
-TABLE = BenchmarkTable(rows=(row("base", "Full", 1.0, 0.93, 1.0), row("policy", "top-p", 0.975, 0.92, 0.31)))
+TABLE = BenchmarkTable(
+    rows=(benchmark_row("base", "Full", 1.0, 0.93, 1.0), benchmark_row("policy", "top-p", 0.975, 0.92, 0.31))
+)
 REPORT = {
     "headline": {
         "p": 0.975,
@@ -74,6 +61,15 @@ def test_every_case_is_a_line_and_what_was_not_measured_says_so():
     assert "| 〃 | 〃 | loop | 9.00 × (8.00–10.00) |" in block
     assert "| everything on a GPU | – | – | not measured; `make bench-gpu` measures it |" in block
     assert block.endswith("Measured on a machine, torch 2.0.")
+    trl = {"cases": {}, "manifest": {"hardware": "a machine", "versions": {"torch": "2.0", "trl": "1.0"}}}
+    other = {"cases": {}, "manifest": {"hardware": "a GPU", "versions": {"torch": "2.0"}}}
+    block = speed({"cases": {"decode": case}, "manifest": manifest}, other, trl)
+    lines = [
+        "Measured on a machine, torch 2.0.",
+        "Measured on a GPU, torch 2.0.",
+        "Measured on a machine, torch 2.0, trl 1.0.",
+    ]
+    assert block.splitlines()[-3:] == lines
 
 
 def test_only_what_is_between_the_markers_changes():
