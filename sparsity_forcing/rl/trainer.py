@@ -164,7 +164,7 @@ class Trainer:
         except StoppedError as stopped:
             if self._unsaved:
                 self._save()
-            what = f"step {self.step} is saved" if self.step else "before the first step: there is nothing to save"
+            what = f"saved step {self.step}" if self.step else "before the first step: there is nothing to save"
             _log.warning("stopped by signal %d; %s", stopped.number, what)
             sys.exit(128 + stopped.number)
         if self.step < self.config.steps:
