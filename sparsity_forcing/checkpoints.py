@@ -2,7 +2,7 @@
 
 `directory/<fingerprint>/step-000050/` holds what the stage wrote and `manifest.json` with the sha256 of every file. The
 fingerprint names everything that decides the stage's result: another configuration never resumes from it, and is told
-how it differs (`made_of.json` says what the fingerprint is of). Beside them `best-000045/` holds weights that the stage
+how it differs (from `made_of.json`). Beside them `best-000045/` holds weights that the stage
 chose at a step; those that a kept checkpoint may name stay.
 """
 
@@ -38,7 +38,7 @@ class Checkpoints:
         directory: shared by all configurations of a stage.
         fingerprint: of this configuration.
         keep: how many of the newest stay; at least 2, so that a corrupted one has one before it.
-        made_of: what the fingerprint is of, as JSON; stored with the checkpoints, for `refused`.
+        made_of: what of the configuration another one is told, as JSON; stored with the checkpoints, for `refused`.
     """
 
     def __init__(self, directory: Path, fingerprint: str, keep: int = 2, made_of: dict | None = None) -> None:
@@ -46,6 +46,7 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 2, got {keep}: the newest may turn out corrupted")
         self.directory, self.keep = Path(directory) / fingerprint, keep
         self.made_of = json.loads(json.dumps(made_of, default=str))  # as it is read again
+        self._told_refused = False
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Lets ``write`` fill a temporary directory, seals it with a manifest and renames it; drops the oldest."""
@@ -67,10 +68,11 @@ class Checkpoints:
 
     def whole(self) -> Iterator[Path]:
         """The whole checkpoints, newest first. A corrupted one is named in the log and passed over; where there is
-        none, so are those of other configurations."""
-        if not self._all("step"):
+        none, so are those of other configurations, once."""
+        if not self._all("step") and not self._told_refused:
+            self._told_refused = True
             for line in self.refused():
-                _log.warning("not resumed: %s; it is removed when this run ends", line)
+                _log.warning("not resumed: %s; it is removed when this run has its result", line)
         for path in reversed(self._all("step")):
             fault = _fault(path)
             if fault is None:

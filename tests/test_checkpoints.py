@@ -182,13 +182,14 @@ def test_what_another_configuration_differs_in_is_told(tmp_path, caplog):
     here = {"train": {"beta": 0.2, "lora": None}, "files": {"models/base/model.safetensors": "1" * 64}}
     checkpoints = Checkpoints(tmp_path, "def", made_of=here)
     assert checkpoints.latest() is None
+    assert checkpoints.latest() is None  # told once
     assert checkpoints.refused() == [
         f"{tmp_path / 'abc'} (step 20) is of another configuration: files.models/base/model.safetensors has changed; "
         "train.beta was 6.0, is 0.2; train.lora.r was 32, is None",
         f"{tmp_path / 'unknown'} (step 5) is of another configuration",
     ]
     assert [
-        f"not resumed: {line}; it is removed when this run ends" for line in checkpoints.refused()
+        f"not resumed: {line}; it is removed when this run has its result" for line in checkpoints.refused()
     ] == caplog.messages
     caplog.clear()
     assert Checkpoints(tmp_path, "abc", made_of=there).latest()[0] == 20

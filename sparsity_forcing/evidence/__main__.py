@@ -43,7 +43,7 @@ def main(
     jobs: Annotated[int, typer.Option(min=1, help="Experiments at a time, one CPU thread each.")] = 2,
     only_summary: Annotated[bool, typer.Option(help="Run nothing; write the pages from what has run.")] = False,
     accept_code: Annotated[
-        bool, typer.Option(help="First count their results of other code as those of the present one.")
+        bool, typer.Option(help="First count their results, and the base's, of other code as those of the present one.")
     ] = False,
 ) -> None:
     """Runs experiments and writes their summary."""

@@ -52,7 +52,7 @@ def run_arm(arm: Arm, params: Params, root: Path) -> dict:
     require_inputs(root, INPUTS)
     own = arm.params(params)
     made_by = made_by_arm(arm, params, root)
-    made_of = decisive(own, root, 1) | {"rows": arm.rows, "objective": arm.objective, "evidence code": made_by.code}
+    made_of = decisive(own, root, 1) | {"rows": arm.rows, "objective": arm.objective}
     keep = own.train.keep_checkpoints
     checkpoints = Checkpoints(root / CHECKPOINTS / arm.name, fingerprint(made_by), keep, made_of)
     if (done := current(arm.name, lambda: made_by, root)) is not None:

@@ -21,7 +21,7 @@ class VisualPrefix:
 
     ``keys``, ``values``: per layer (queries, key heads, slots, head dim). ``input_ids``, ``valid``: (queries, slots).
     ``position_ids``: (axes, queries, slots). ``pixels``: SHA-256 of the images' pixels. ``model``: whose they are; that
-    its weights have not changed since is for the caller to know.
+    its weights have not changed since is for the caller to know. It lives in this process alone.
     """
 
     keys: tuple[Tensor, ...]

@@ -49,3 +49,6 @@ def test_dvc_alone_and_the_flow_leave_the_same_lock(smoke_workspace, tmp_path, m
     assert "Running stage 'prepare'" in said
     assert locked(by_flow) == {"prepare": before["prepare"]}
     assert "up to date" in run("dvc", "status", "prepare", root=by_flow, environment=prefect_environment)
+    said = run("flows.pipeline", "prepare", root=by_flow, environment=prefect_environment)
+    assert "Running stage" not in said
+    assert locked(by_flow) == {"prepare": before["prepare"]}

@@ -70,6 +70,7 @@ def test_every_case_is_a_line_and_what_was_not_measured_says_so():
         "Measured on a machine, torch 2.0, trl 1.0.",
     ]
     assert block.splitlines()[-3:] == lines
+    assert speed(None, {"cases": {}, "manifest": manifest}, {"cases": {}, "manifest": manifest}).count("Measured") == 1
 
 
 def test_only_what_is_between_the_markers_changes():

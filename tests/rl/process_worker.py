@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from sparsity_forcing.rl.sharding import launched_sharded
 from sparsity_forcing.torchvision_ops import declare_missing_ops
 
-# Five validation rows, a batch each: the processes have two and three. Noise belongs to one prompt, so it is that of
-# one process.
+# Five validation rows, two a batch: the processes have two and three rows, so one batch and two. Noise belongs to one
+# prompt, so it is that of one process.
 CONFIG = {"prompts_per_step": 4, "rollout_prompts": 1, "validate_every": 1, "validation_rows": 5, "accuracy_guard": 1.0}
-CONFIG |= {"validation_batch_size": 1}
+CONFIG |= {"validation_batch_size": 2}
 CONFIG |= {"dtype": torch.float64, "num_iterations": 2, "reward": {"correct": "scenes:always_right"}}
 SCENES = {
     "all weights": {"freeze_vision": False},
