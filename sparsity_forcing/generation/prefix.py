@@ -52,7 +52,10 @@ class VisualPrefix:
             ValueError: their visual prefix is another one, or another model's.
         """
         if self.model() is not model:
-            raise ValueError("this visual prefix was kept by another model: its keys and values are of other weights")
+            raise ValueError(
+                "this visual prefix was kept by another model, or by another copy of this one: give it to the model "
+                "object that made it, or keep one anew"
+            )
         kept = (self.input_ids, self.valid, self.position_ids)
         same = all(torch.equal(one, other) for one, other in zip(kept, _head(prompts), strict=True))
         if not same or self.pixels != _digest(inputs):

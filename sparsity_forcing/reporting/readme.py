@@ -55,8 +55,8 @@ def results(table: BenchmarkTable, report: dict, train: dict) -> str:
 
 def decode_text(lengths: Iterable[dict]) -> str:
     """What a decode step and the cache of the trained model are to the dense one's, by length."""
-    said = []
-    for length in sorted(lengths, key=lambda length: length["visual_tokens"]):
+    said, lengths = [], sorted(lengths, key=lambda length: length["visual_tokens"])
+    for length in lengths:
         arm = length["arms"][POLICY_ARM]
         time = arm["decode_ratio"]
         said.append(
@@ -64,7 +64,11 @@ def decode_text(lengths: Iterable[dict]) -> str:
             f"(quartiles {time['low']:.2f}–{time['high']:.2f}) and {fmt.percent(arm['cache_ratio'], 0)} of its cache, "
             f"the first token {arm['prefill_ratio']['median']:.2f} times"
         )
-    return f"A decode step of the trained model takes {'; '.join(said)}."
+    return (
+        f"A decode step of the trained model takes {'; '.join(said)}. That is with {lengths[0]['batch']} prompts at a "
+        "time, where a layer's cache is as wide as that of the prompt which keeps most, so the share of bytes stays "
+        "above the share of tokens."
+    )
 
 
 def speed(cpu: dict | None, gpu: dict | None, trl: dict | None = None) -> str:
