@@ -54,7 +54,7 @@ bench-gpu: $(INSTALLED)  ## The same on a GPU, with random-weight 7B and 3B mode
 bench-trl: $(INSTALLED)  ## The trainer beside TRL's on the CPU, into metrics/bench_trl.json
 	@python -m sparsity_forcing.bench trl
 
-evidence: $(INSTALLED)  ## Train the controls and ablations beside the pipeline's base, into docs/evidence.md and README.md (hours)
+evidence: $(INSTALLED)  ## After `make pipeline`: train controls and ablations from its base, into docs/evidence.md and README.md (hours)
 	@python -m sparsity_forcing.evidence
 
 readme: $(INSTALLED)  ## Write the results of the last run into README.md

@@ -108,9 +108,10 @@ def _measure(
     }
     written = {"manifest": manifest, "summary": summary, "cases": {key: case.as_json() for key, case in found.items()}}
     write_json_atomic(output, written | {"failed": failed})
-    print(json.dumps({name: round(value, 3) for name, value in summary.items()}))
     if failed:
         typer.echo(f"bench: no figure for {', '.join(failed)}; {output} has the others, and why", err=True)
+    print(json.dumps({name: round(value, 3) for name, value in summary.items()}))
+    if failed:
         raise typer.Exit(1)
 
 

@@ -26,7 +26,7 @@ from sparsity_forcing.data.digits_source import digits_row
 from sparsity_forcing.data.schema import read_rows
 from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import INPUTS, run_arm, run_base, why_not_undistorted
-from sparsity_forcing.evidence.summary import UNTRAINED, accept_results, pages_with, write_summary
+from sparsity_forcing.evidence.summary import UNTRAINED, accept_results, outdated, pages_with, write_summary
 from sparsity_forcing.inputs import POLICY, TEST, TRAIN, require_inputs
 from sparsity_forcing.params import Params, ParamsError, load_params
 
@@ -67,14 +67,22 @@ def main(
         pages_with({}, params, ROOT)  # what is wrong with a page is found before the hours
         failed = [] if only_summary else run_all(names, jobs)
         summary = write_summary(params, ROOT)
+        if others := outdated(params, ROOT):
+            typer.echo(
+                "evidence: made with other parameters, data, base, policy or code, so not in the tables: "
+                f"{', '.join(others)}. This command runs them again; if the code alone has changed, and no result with "
+                "it, --accept-code counts them",
+                err=True,
+            )
     except Exception as error:
         if not explains_itself(error):
             raise
         typer.echo(f"evidence: {explanation(error)}", err=True)
         raise typer.Exit(2) from None
-    print(json.dumps(summary))
     if failed:
         typer.echo(f"evidence: did not finish, see above: {', '.join(failed)}; what ran is kept", err=True)
+    print(json.dumps(summary))
+    if failed:
         raise typer.Exit(1)
 
 

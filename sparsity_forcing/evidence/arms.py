@@ -55,7 +55,7 @@ def _spread(lowest: float, highest: float, count: int) -> list[float]:
 
 
 def _seeds(arm: Arm) -> list[Arm]:
-    """The arm with three seeds, the further ones judged at the deployed and the evaluated budgets alone."""
+    """The arm with its seeds, the further ones judged at the deployed and the evaluated budgets alone."""
     more = [
         replace(arm, name=name, question="the same with another seed", seed=seed, at_any_budget=False)
         for seed, name in enumerate(SEEDS[arm.name][1:], start=1)
@@ -64,8 +64,8 @@ def _seeds(arm: Arm) -> list[Arm]:
 
 
 ANY_BUDGET = (0.5, 0.6, 0.7, 0.8, 0.9)
-HEADLINES = ("default", "one_budget", "prefill_sparse", "prefill_dense")
-SEEDS = {name: (name, f"{name}_seed_1", f"{name}_seed_2") for name in HEADLINES}
+HEADLINES = {"default": 5, "one_budget": 3, "prefill_sparse": 3, "prefill_dense": 3}
+SEEDS = {name: (name, *(f"{name}_seed_{seed}" for seed in range(1, count))) for name, count in HEADLINES.items()}
 SFT = {"prompts_per_step": 32, "beta": 0.0}
 ARMS = {
     arm.name: arm
@@ -108,6 +108,11 @@ ARMS = {
             {"num_generations": 2, "prompts_per_step": 32, "budgets": [0.94, 0.975]},
         ),
         Arm(
+            "group_2_raw",
+            "the same without centring by budget",
+            {"num_generations": 2, "prompts_per_step": 32, "budgets": [0.94, 0.975], "center_by_budget": False},
+        ),
+        Arm(
             "group_4",
             "groups of 4, of four budgets, as many rollouts",
             {"num_generations": 4, "prompts_per_step": 16, "budgets": [0.94, 0.95, 0.965, 0.975]},
@@ -120,6 +125,12 @@ ARMS = {
         Arm("sft_entropy", "the same, attention with low entropy rewarded", SFT, objective="entropy"),
         Arm("sft_largest_share", "the same, a large share of one token rewarded", SFT, objective="largest_share"),
         Arm("sft_relaxed_ratio", "the same, a relaxed token ratio added to the loss", SFT, objective="relaxed_ratio"),
+        Arm(
+            "sft_relaxed_ratio_slow",
+            "the same, a fifth of the learning rate",
+            SFT | {"learning_rate": 2e-4},
+            objective="relaxed_ratio",
+        ),
         Arm(
             "dpo",
             "DPO on rollouts: the right answer that keeps fewest over the rest of its group",

@@ -20,6 +20,7 @@ from sparsity_forcing.evidence.experiment import (
     current,
     made_by_arm,
     made_by_base,
+    stored,
 )
 from sparsity_forcing.evidence.tables import (
     arms_table,
@@ -57,6 +58,16 @@ def read_results(params: Params, root: Path) -> dict[str, dict]:
         with suppress(ParamsError):  # an experiment that does not go with these parameters has not run with them
             found[name] = current(name, made_by[name], root)
     return {name: result for name, result in found.items() if result is not None}
+
+
+def outdated(params: Params, root: Path) -> list[str]:
+    """Names of results that are stored but count no longer: something that decides them has changed since."""
+    found = []
+    for name, made_by in makers(params, root).items():
+        with suppress(ParamsError):
+            if stored(name, root) is not None and current(name, made_by, root) is None:
+                found.append(name)
+    return found
 
 
 def accept_results(names: Iterable[str], params: Params, root: Path) -> list[str]:

@@ -29,6 +29,8 @@ QUOTED = {
     "default": "the default",
     "default_seed_1": "with a second seed",
     "default_seed_2": "with a third",
+    "default_seed_3": "with a fourth",
+    "default_seed_4": "with a fifth",
     "literal": "the literal objective",
     "no_efficiency": "no efficiency reward",
     "shuffled": "a cost dealt out at random",

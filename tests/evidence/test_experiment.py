@@ -29,7 +29,7 @@ from sparsity_forcing.evidence import experiment, gradient, lengths, turns
 from sparsity_forcing.evidence.alternatives import OBJECTIVES
 from sparsity_forcing.evidence.arms import ARMS, Arm
 from sparsity_forcing.evidence.experiment import run_arm, run_base
-from sparsity_forcing.evidence.summary import accept_results, read_results, write_summary
+from sparsity_forcing.evidence.summary import accept_results, outdated, read_results, write_summary
 from sparsity_forcing.evidence.tables import GRADIENTS
 from sparsity_forcing.inputs import InputError
 from sparsity_forcing.models.load import load
@@ -119,11 +119,13 @@ def test_a_result_of_other_code_is_kept_if_one_says_so_and_nothing_else_has_chan
     first = run_base(params, prepared)
     monkeypatch.setattr(experiment, "code_digest", lambda paths: "of other code")
     assert read_results(params, prepared) == {}
+    assert outdated(params, prepared) == ["base"]
     other = params.model_copy(update={"seed": 1})
     assert accept_results(["base"], other, prepared) == []
     assert accept_results(["gradient", "default"], params, prepared) == []
     assert accept_results(["base"], params, prepared) == ["base"]
     assert accept_results(["base"], params, prepared) == []
+    assert outdated(params, prepared) == []
     kept = read_results(params, prepared)["base"]
     assert kept["code"] != first["code"]
     assert {**kept, "code": first["code"]} == json.loads(json.dumps(first))
@@ -364,7 +366,11 @@ def test_what_ran_is_told_and_what_failed_is_named(prepared, monkeypatch):
     quoted = json.loads(done.stdout.splitlines()[-1])
     assert quoted["literal_tau_end"] is not None
     assert quoted["tau_end"] is None
+    assert "not in the tables" not in done.stderr
     values = yaml.safe_load((prepared / "params.yaml").read_text())
+    (prepared / "params.yaml").write_text(yaml.safe_dump(values | {"train": values["train"] | {"beta": 0.5}}))
+    done = CliRunner().invoke(command.app, ["literal", "--only-summary"])
+    assert "so not in the tables: base, literal. " in done.stderr
     (prepared / "params.yaml").write_text(yaml.safe_dump(values | {"seed": 1}))
     done = CliRunner().invoke(command.app, ["literal"])
     assert "data/prepared/test.parquet was not made with these parameters of data.digits" in done.stderr
