@@ -74,10 +74,11 @@ def trl(output: Output = Path("metrics/bench_trl.json"), rounds: Repetitions = 3
 
 
 def _trl_summary(found: dict[str, Case]) -> dict[str, float]:
+    """Ours over the fastest of TRL's ways in speed, over the leanest in memory."""
     peak = found["training"].notes["peak_memory_bytes"]
     return {
         "completions_per_second_ratio": found["training"].speedup,
-        "peak_memory_ratio": peak["ours"] / peak["trl"],
+        "peak_memory_ratio": peak["ours"] / min(of for engine, of in peak.items() if engine != "ours"),
         "group_of_8_over_one": found["one"].notes["group_over_one"],
     }
 

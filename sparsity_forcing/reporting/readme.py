@@ -89,6 +89,9 @@ def speed(cpu: dict | None, gpu: dict | None, trl: dict | None = None) -> str:
                 cells = "〃 | 〃"
     made_on = [bench["manifest"] for bench in (cpu, gpu, trl) if bench is not None]
     lines += ["", *dict.fromkeys(_made_on(manifest) for manifest in made_on)]
+    if peak := trl and trl["cases"].get("training", {}).get("notes", {}).get("peak_memory_bytes"):
+        of_engines = "; ".join(f"{engine} {of / 1e9:.2f} GB" for engine, of in peak.items())
+        lines.append(f"Peak memory of a training process: {of_engines}.")
     return "\n".join(lines)
 
 

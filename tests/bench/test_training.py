@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
@@ -19,12 +20,14 @@ def _small(monkeypatch):
 
 
 def test_both_engines_train(tmp_path):
-    for train in (training.train_ours, training.train_trl):
-        found = json.loads(json.dumps(train(tmp_path / train.__name__)))
+    trainings = (training.train_ours, training.train_trl, partial(training.train_trl, together=8))
+    for place, train in enumerate(trainings):
+        found = json.loads(json.dumps(train(tmp_path / str(place))))
         assert len(found["seconds"]) == 2
         assert min(found["seconds"]) > 0
         assert 1 <= found["mean_length"] <= 4
         assert found["peak"] >= found["start"] > 1e8
+    assert (found["settings"]["per_device_train_batch_size"], found["settings"]["steps_per_generation"]) == (8, 2)
 
 
 def test_a_step_without_a_gradient_gives_no_figure():
@@ -44,8 +47,9 @@ def test_an_engine_that_fails_is_named(monkeypatch):
 
 def test_the_command_writes_what_it_says(tmp_path, monkeypatch):
     run = {"seconds": [1.0, 2.0, 1.5, 1.5], "mean_length": 4.0, "start": 1, "peak": 100, "setting": {}, "settings": {}}
-    slow = run | {"seconds": [6.0], "peak": 200}
-    monkeypatch.setattr(training, "_in_a_process", lambda engine: slow if engine == "trl" else run)
+    slow, lean = run | {"seconds": [6.0], "peak": 400}, run | {"seconds": [7.0], "peak": 200}
+    runs = {"ours": run, "trl": slow, "trl_parts": lean}
+    monkeypatch.setattr(training, "_in_a_process", runs.get)
     done = CliRunner().invoke(command.app, ["trl", "--output", str(tmp_path / "bench.json"), "--rounds", "1"])
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["completions_per_second_ratio"], found["peak_memory_ratio"]) == (4.0, 0.5)

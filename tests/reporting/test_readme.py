@@ -72,6 +72,10 @@ def test_every_case_is_a_line_and_what_was_not_measured_says_so():
         "Measured on a machine, torch 2.0, trl 1.0.",
     ]
     assert block.splitlines()[-3:] == lines
+    peak = {"ours": 0.97e9, "TRL, 64 completions a pass": 2.0e9}
+    training = case | {"notes": {"peak_memory_bytes": peak}}
+    block = speed(None, None, trl | {"cases": {"training": training}})
+    assert block.endswith("Peak memory of a training process: ours 0.97 GB; TRL, 64 completions a pass 2.00 GB.")
     assert speed(None, {"cases": {}, "manifest": manifest}, {"cases": {}, "manifest": manifest}).count("Measured") == 1
 
 
