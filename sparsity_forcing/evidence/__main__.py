@@ -55,7 +55,9 @@ def main(
     try:
         params = load_params(ROOT / "params.yaml")
         possible = [name for name in known if name not in WHY_NOT or not WHY_NOT[name](params)]
-        names = list(dict.fromkeys(["base", *(experiments or possible)]))
+        names = list(dict.fromkeys(experiments or possible))
+        if set(names) & set(ARMS):  # what they are compared with
+            names = list(dict.fromkeys(["base", *names]))
         require_inputs(ROOT, INPUTS | ({POLICY: "train"} if OF_THE_POLICY & set(names) else {}))
         require_same_data(params, ROOT)
         for name in names:

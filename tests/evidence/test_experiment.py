@@ -316,6 +316,9 @@ def test_what_these_parameters_do_not_allow_is_left_out(prepared, monkeypatch):
     done = CliRunner().invoke(command.app, [])
     assert done.exit_code == 0, done.output
     assert asked == ["base", "gradient", "lengths", "default"]
+    asked.clear()
+    assert CliRunner().invoke(command.app, ["lengths"]).exit_code == 0
+    assert asked == ["lengths"]  # it is compared with nothing
     assert "sparsity.prefill suffix" in (prepared / "docs/evidence.md").read_text()
 
 
