@@ -209,13 +209,14 @@ def lengths_table(found: dict | None, why_not: str | None = None) -> Table | Mis
     p = found["p"]
     rows = []
     for tokens in sizes:
-        kept = [fmt.percent(at[name, tokens, p]["visual_token_ratio"]) for name in ("base", "policy")]
+        ratios = ("visual_token_ratio", "token_ratio")
+        kept = [fmt.percent(at[name, tokens, p][ratio]) for name in ("base", "policy") for ratio in ratios]
         right = [_with_interval(at[name, tokens, budget]) for name in ("base", "policy") for budget in (DENSE, p)]
         rows.append([fmt.amount(tokens), fmt.amount(at["base", tokens, p]["questions"]), *kept, *right])
     columns = [
         Column("Visual tokens"),
         Column("Questions"),
-        *(Column(name, group="kept by") for name in ("base", "policy")),
+        *(Column(kind, group=f"kept by the {name}") for name in ("base", "policy") for kind in ("visual", "all")),
         *(Column(kind, group=f"accuracy of the {name}") for name in ("base", "policy") for kind in ("dense", "sparse")),
     ]
     return Table(f"Sparse at p = {p:g}; accuracies with 95% intervals", columns, rows)

@@ -159,15 +159,15 @@ def test_budgets_are_compared_for_those_that_were_judged_at_them():
 def test_lengths_are_in_order():
     at = [
         {"checkpoint": checkpoint, "visual_tokens": tokens, "p": p, "questions": 24, "accuracy": 0.5}
-        | {"visual_token_ratio": 1.0 if p == 1 else 64 / tokens}
+        | {"visual_token_ratio": 1.0 if p == 1 else 64 / tokens, "token_ratio": 0.5}
         for checkpoint in ("base", "policy")
         for tokens in (4096, 64)
         for p in (0.975, 1.0)
     ]
     table = lengths_table({"p": 0.975, "lengths": at})
     assert table.caption.startswith("Sparse at p = 0.975")
-    assert table.rows[0] == ["64", "24", "100.0%", "100.0%", *["50.0% (31.4–68.6)"] * 4]
-    assert table.rows[1][:4] == ["4,096", "24", "1.6%", "1.6%"]
+    assert table.rows[0] == ["64", "24", *["100.0%", "50.0%"] * 2, *["50.0% (31.4–68.6)"] * 4]
+    assert table.rows[1][:6] == ["4,096", "24", "1.6%", "50.0%", "1.6%", "50.0%"]
 
 
 def test_second_questions_are_compared_with_the_same_models_own():
