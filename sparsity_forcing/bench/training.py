@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,7 +37,8 @@ GRID, PROMPTS, GROUP, NEW_TOKENS = 16, 8, 8, 16
 STEPS, WARM_UP = 4, 1
 BETA, LEARNING_RATE = 0.04, 1e-6
 REWARD = "sparsity_forcing.bench.training:even"
-ENGINES = ("ours", "trl", "trl_parts")
+TOGETHER = {"trl": None, "trl_parts": GROUP}  # completions that TRL passes through the model at a time, None: a step's
+ENGINES = ("ours", *TOGETHER)
 
 
 def training_case(rounds: int) -> Case:
@@ -49,7 +49,7 @@ def training_case(rounds: int) -> Case:
         for engine in (*ENGINES[turn:], *ENGINES[:turn]):
             found[engine].append(_in_a_process(engine))
     setting = found["ours"][0]["setting"] | {"threads": torch.get_num_threads()}
-    setting["trl_settings"] = {_label(engine): found[engine][0]["settings"] for engine in ENGINES[1:]}
+    setting["trl_settings"] = {_label(engine): found[engine][0]["settings"] for engine in TOGETHER}
     found = {_label(engine): runs for engine, runs in found.items()}
     seconds = {engine: [statistics.median(run["seconds"]) for run in runs] for engine, runs in found.items()}
     notes = {
@@ -66,8 +66,7 @@ def training_case(rounds: int) -> Case:
 
 
 def _label(engine: str) -> str:
-    together = {"trl": PROMPTS * GROUP, "trl_parts": GROUP}
-    return f"TRL, {together[engine]} completions a pass" if engine in together else engine
+    return f"TRL, {TOGETHER[engine] or PROMPTS * GROUP} completions a pass" if engine in TOGETHER else engine
 
 
 def even(prediction: str, answer: str) -> float:
@@ -234,5 +233,5 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    trainings = {"ours": train_ours, "trl": train_trl, "trl_parts": partial(train_trl, together=GROUP)}
-    print(json.dumps(trainings[sys.argv[1]](Path(sys.argv[2]))))
+    engine, folder = sys.argv[1], Path(sys.argv[2])
+    print(json.dumps(train_trl(folder, TOGETHER[engine]) if engine in TOGETHER else train_ours(folder)))

@@ -43,7 +43,7 @@ def main(
     jobs: Annotated[int, typer.Option(min=1, help="Experiments at a time, one CPU thread each.")] = 2,
     only_summary: Annotated[bool, typer.Option(help="Run nothing; write the pages from what has run.")] = False,
     accept_code: Annotated[
-        bool, typer.Option(help="First count their results, and the base's, of other code as those of the present one.")
+        bool, typer.Option(help="First count their results, for a training the base's too, of other code as current.")
     ] = False,
 ) -> None:
     """Runs experiments and writes their summary."""
@@ -72,8 +72,8 @@ def main(
         if others := outdated(params, ROOT):
             typer.echo(
                 "evidence: made with other parameters, data, base, policy or code, so not in the tables: "
-                f"{', '.join(others)}. This command runs them again; if the code alone has changed, and no result with "
-                "it, --accept-code counts them",
+                f"{', '.join(others)}. `make evidence` runs them again; if the code alone has changed, and no result "
+                "with it, --accept-code with their names counts them",
                 err=True,
             )
     except Exception as error:

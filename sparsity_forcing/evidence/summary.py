@@ -53,20 +53,22 @@ def makers(params: Params, root: Path) -> dict[str, Callable[[], MadeBy]]:
 
 def read_results(params: Params, root: Path) -> dict[str, dict]:
     """Results by name, of the base and of the arms, in the arms' order: those that are current."""
-    found, made_by = {}, makers(params, root)
-    for name in ("base", *ARMS):
-        with suppress(ParamsError):  # an experiment that does not go with these parameters has not run with them
-            found[name] = current(name, made_by[name], root)
-    return {name: result for name, result in found.items() if result is not None}
+    found = _current_or_none(params, root)
+    return {name: found[name] for name in ("base", *ARMS) if found.get(name) is not None}
 
 
 def outdated(params: Params, root: Path) -> list[str]:
     """Names of results that are stored but count no longer: something that decides them has changed since."""
-    found = []
+    found = _current_or_none(params, root)
+    return [name for name, result in found.items() if result is None and stored(name, root) is not None]
+
+
+def _current_or_none(params: Params, root: Path) -> dict[str, dict | None]:
+    """The current result of every experiment that goes with these parameters, None where there is none."""
+    found = {}
     for name, made_by in makers(params, root).items():
-        with suppress(ParamsError):
-            if stored(name, root) is not None and current(name, made_by, root) is None:
-                found.append(name)
+        with suppress(ParamsError):  # what does not go with these parameters has not run with them
+            found[name] = current(name, made_by, root)
     return found
 
 

@@ -64,10 +64,10 @@ def decode_text(lengths: Iterable[dict]) -> str:
             f"(quartiles {time['low']:.2f}–{time['high']:.2f}) and {fmt.percent(arm['cache_ratio'], 0)} of its cache, "
             f"the first token {arm['prefill_ratio']['median']:.2f} times"
         )
+    together = ", ".join(sorted({str(length["batch"]) for length in lengths}))
     return (
-        f"A decode step of the trained model takes {'; '.join(said)}. That is with {lengths[0]['batch']} prompts at a "
-        "time, where a layer's cache is as wide as that of the prompt which keeps most, so the share of bytes stays "
-        "above the share of tokens."
+        f"A decode step of the trained model takes {'; '.join(said)}. Prompts at a time: {together}; a layer's "
+        "cache is as wide as that of the prompt which keeps most, so of several more bytes are kept than tokens."
     )
 
 

@@ -373,7 +373,7 @@ def test_what_ran_is_told_and_what_failed_is_named(prepared, monkeypatch):
     values = yaml.safe_load((prepared / "params.yaml").read_text())
     (prepared / "params.yaml").write_text(yaml.safe_dump(values | {"train": values["train"] | {"beta": 0.5}}))
     done = CliRunner().invoke(command.app, ["literal", "--only-summary"])
-    assert "so not in the tables: base, literal. " in done.stderr
+    assert "so not in the tables: base, literal. `make evidence` runs them again" in done.stderr
     (prepared / "params.yaml").write_text(yaml.safe_dump(values | {"seed": 1}))
     done = CliRunner().invoke(command.app, ["literal"])
     assert "data/prepared/test.parquet was not made with these parameters of data.digits" in done.stderr
