@@ -66,8 +66,8 @@ def decode_text(lengths: Iterable[dict]) -> str:
         )
     together = ", ".join(sorted({str(length["batch"]) for length in lengths}))
     return (
-        f"A decode step of the trained model takes {'; '.join(said)}. Prompts at a time: {together}. A layer's cache is "
-        "as wide as that of the prompt which keeps most: of several, the share of bytes is above that of tokens."
+        f"A decode step of the trained model takes {'; '.join(said)}. Prompts at a time: {together}. A layer's cache "
+        "is as wide as that of the prompt which keeps most: of several, the share of bytes is above that of tokens."
     )
 
 
