@@ -57,7 +57,7 @@ def test_what_params_yaml_sets_is_told_where_it_differs(quantity, keys, publishe
 def test_what_is_the_same_as_in_the_paper_is():
     train = TrainParams()
     assert train.budgets == (0.94, 0.945, 0.95, 0.955, 0.96, 0.965, 0.97, 0.975)
-    assert (train.reward.cost, train.reward.weight_efficiency) == ("token_ratio", 1.0)
+    assert (train.reward.efficiency, train.reward.weight_efficiency) == ("token_ratio", 1.0)
     assert train.lora is None
     assert train.freeze_vision
     assert SparsityParams().protect_text

@@ -113,8 +113,10 @@ ARMS = {
         ),
         Arm("budgets_wide", "budgets from 0.6 on", {"budgets": _spread(0.6, 0.975, 8)}, at_any_budget=True),
         Arm("budgets_narrow", "budgets from 0.968 on", {"budgets": _spread(0.968, 0.975, 8)}),
-        Arm("cache_bytes", "paid for cache bytes instead of the token ratio", {"reward": {"cost": "cache_bytes"}}),
-        Arm("latency", "paid for modelled decode latency instead", {"reward": {"cost": "latency"}}),
+        Arm(
+            "cache_bytes", "paid for cache bytes instead of the token ratio", {"reward": {"efficiency": "cache_bytes"}}
+        ),
+        Arm("latency", "paid for modelled decode latency instead", {"reward": {"efficiency": "latency"}}),
         Arm("sft", "fine-tuned on the answers under sparse attention at the deployed budget", SFT, objective="sft"),
         Arm("sft_entropy", "the same, attention with low entropy rewarded", SFT, objective="entropy"),
         Arm("sft_largest_share", "the same, a large share of one token rewarded", SFT, objective="largest_share"),

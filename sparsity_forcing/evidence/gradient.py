@@ -110,7 +110,7 @@ def why_not(params: Params) -> str | None:
     for name, value, *known in (
         ("scale_rewards", config.scale_rewards, "group"),
         ("selection_policy.credit", config.selection_policy.credit, "layer", "layer_by_share"),
-        ("reward.cost", config.reward.cost, "token_ratio"),
+        ("reward.efficiency", config.reward.efficiency, "token_ratio"),
         ("reward.shuffle", config.reward.shuffle, False),
     ):
         if value not in known:
@@ -127,16 +127,15 @@ def made_by(params: Params, root: Path, draws: int = 40) -> MadeBy:
 
 def _gradients(params: Params, root: Path, draws: int, title: str) -> dict[str, Tensor]:
     """Part of the objective -> (draws, weights) gradients."""
-    config, sigma = params.train, params.train.selection_policy.sigma
+    config = params.train
     model, processor = load(root / BASE, params.model.dtype, params.model.device)
     vision_tower(model).requires_grad_(False)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     rows = read_rows(root / TRAIN)[:PROMPTS]
     answers = [row.answer for row in rows for _ in range(config.num_generations)]
     sampler, score = Sampler(model, processor, config, params.sparsity), score_function(config.reward.correct)
-    replay = Replay(
-        model, params.sparsity, config.temperature, sampler.suppressed, sigma, attention_dtype=sampler.attention_dtype
-    )
+    dtype = sampler.attention_dtype
+    replay = Replay(model, params.sparsity, config.temperature, sampler.suppressed, attention_dtype=dtype)
     found: dict[str, list[Tensor]] = {}
     with decoder_attention(model), Progress(title, draws) as progress:
         for draw in range(draws):

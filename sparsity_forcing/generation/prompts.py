@@ -7,11 +7,12 @@ query's rollouts. Both parts are padded on the left, so that every prefix ends i
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from sparsity_forcing.generation import media as images
 from sparsity_forcing.models.families import visual_token_ids
 from sparsity_forcing.models.prompts import to_device
 from sparsity_forcing.params import SparsityParams
@@ -44,6 +45,21 @@ class Prompts:
     def length(self) -> int:
         return self.input_ids.shape[1]
 
+    def take(self, queries: Tensor, media: dict | None = None) -> Prompts:
+        """Some of the prompts, padded as they are here; ``queries`` (some,) may name one more than once.
+
+        ``media``: theirs, needed where it is not encoded images.
+        """
+        layout = self.layout
+        return replace(
+            self,
+            input_ids=self.input_ids[queries],
+            layout=layout.take(queries),
+            position_ids=self.position_ids[:, queries],
+            next_position=self.next_position[queries],
+            media=images.take(self.media, layout.visual.sum(-1), queries) if media is None else media,
+        )
+
 
 def shares_prefix(settings: SparsityParams) -> bool:
     """Whether the visual prefix is the same for every budget under these settings."""
@@ -71,7 +87,7 @@ def build_prompts(model, inputs: dict, settings: SparsityParams, encode_images: 
     positions, following = _positions(model, inputs)
     media = {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS}
     if encode_images:
-        media = _encoded(model, media)
+        media = images.encode(model, media)
     if not shares_prefix(settings) or not bool(layout.prefix.any()):
         return Prompts(input_ids, layout, positions, following, 0, media)
 
@@ -119,14 +135,3 @@ def _positions(model, inputs: dict) -> tuple[Tensor, Tensor]:
     accepted = inspect.signature(index).parameters
     positions, deltas = index(**{name: value for name, value in inputs.items() if name in accepted})
     return positions, text[:, -1] + 1 + deltas.flatten()
-
-
-@torch.no_grad()
-def _encoded(model, media: dict) -> dict:
-    """Replaces pixels by image features where the family takes them."""
-    if "pixel_values" not in media or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        return media
-    accepted = inspect.signature(model.get_image_features).parameters
-    features = model.get_image_features(**{name: value for name, value in media.items() if name in accepted})
-    rest = {name: value for name, value in media.items() if name not in ("pixel_values", "image_grid_thw")}
-    return {**rest, "mm_encoder_outputs": {"image": features}}

@@ -23,11 +23,13 @@ from sparsity_forcing.params.fields import (
 class RewardParams(Section):
     """r = correct + weight_efficiency * C * (1 - cost), C = 1 for a group in which any rollout is right.
 
+    ``efficiency``: what the cost is, relative to dense attention. The ``token_ratio`` (the paper's); the
+    ``cache_bytes``, generated tokens included; or the ``latency`` of a decode step that ``latency_batch`` answers
+    share, modelled by the bytes it reads.
+
     ``correct``: a score function of `sparsity_forcing.scoring` by name (exact_match, numeric, multiple_choice, relaxed,
     anls, math_equal) or ``module:function``.
 
-    ``cost``, relative to dense attention: the ``token_ratio`` (the paper's); the ``cache_bytes``, generated tokens
-    included; or the ``latency`` of a decode step that ``latency_batch`` answers share, modelled by the bytes it reads.
     ``target_ratio``: the efficiency part is paid while the rollouts of the last 10 steps, at the budget nearest to the
     deployed one, keep more than this share of the visual tokens: once there, the training is for the accuracy. With
     ``selection_policy.sigma`` above 0 they keep a little less than is kept at deployment: aim below what is wanted
@@ -39,7 +41,7 @@ class RewardParams(Section):
     correct: Name = "exact_match"
     weight_efficiency: NonNegativeFloat = 1.0
     target_ratio: Share | None = None
-    cost: Literal["token_ratio", "cache_bytes", "latency"] = "token_ratio"
+    efficiency: Literal["token_ratio", "cache_bytes", "latency"] = "token_ratio"
     latency_batch: Positive = 1
     gate: Literal["anyone_right", "always"] = "anyone_right"
     shuffle: bool = False
@@ -47,6 +49,8 @@ class RewardParams(Section):
 
 class SelectionPolicyParams(Section):
     """The stochastic selection term, an addition to the paper; ``sigma`` 0 leaves it out.
+
+    ``final_sigma``: σ goes in a line from ``sigma`` in the first step to this in the last; null: it stays.
 
     ``credit``: what judges a layer's selection. ``joint``: the rollout's reward, as its tokens are. ``layer``: the
     same reward with the layer's own ratio in the place of the mean over layers, so that a layer is not paid for what
@@ -57,6 +61,13 @@ class SelectionPolicyParams(Section):
     sigma: NonNegativeFloat = 0.5
     weight: NonNegativeFloat = 0.01
     credit: Literal["layer", "layer_by_share", "joint"] = "layer"
+    final_sigma: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _has_a_scale_throughout(self) -> Self:
+        if self.final_sigma is not None and not self.sigma:
+            raise ValueError(f"final_sigma ({self.final_sigma}) needs sigma above 0; leave it out with sigma 0")
+        return self
 
 
 class LoraParams(Section):
@@ -83,7 +94,7 @@ class TrainParams(Section):
 
     Memory, without a change of the objective: ``micro_batch_prompts`` prompts share a backward pass and
     ``rollout_prompts`` a rollout (null: all of a process; noise is drawn for the prompts that are rolled out together);
-    images of a rollout that is divided into micro-batches are processed and encoded once more for them;
+    a frozen vision tower (``freeze_vision``) encodes an image once for all passes of a step;
     ``logits_chunk`` tokens have their logits at a time (null: all); ``gradient_checkpointing`` computes the decoder's
     activations again in the backward pass; ``lora`` trains adapters.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.generation.prompts import Prompts
 from sparsity_forcing.rl.rollout import Rollouts
-from sparsity_forcing.selection import PromptLayout
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Part:
     rollouts: Rollouts
     group: int
 
-    def split(self, size: int | None, media_of: Callable[[Sequence[Row]], dict]) -> list[Part]:
-        """Parts of at most ``size`` rows each, in order; ``media_of`` gives the pixel inputs of some rows.
+    def split(self, size: int | None, media_of: Callable[[Sequence[Row], int], dict | None]) -> list[Part]:
+        """Parts of at most ``size`` rows each, in order; ``media_of``: see `Sampler.media`.
 
         Every prompt stays padded as it is: a replay needs the slots of its rollout.
         """
@@ -35,33 +35,21 @@ class Part:
             return [self]
         return [self._between(first, first + size, media_of) for first in range(0, len(self.rows), size)]
 
-    def _between(self, first: int, last: int, media_of: Callable[[Sequence[Row]], dict]) -> Part:
+    def _between(self, first: int, last: int, media_of: Callable[[Sequence[Row], int], dict | None]) -> Part:
         rows = self.rows[first:last]
         copies = self.prompts.queries // len(self.rows)  # of a row's prompt
-        queries = slice(first * copies, last * copies)
+        queries = torch.arange(len(rows) * copies, device=self.prompts.input_ids.device) + first * copies
         answers = slice(first * copies * self.group, last * copies * self.group)
-        media = media_of([row for row in rows for _ in range(copies)])
-        return Part(
-            rows, _some_prompts(self.prompts, queries, media), some_rollouts(self.rollouts, answers), self.group
-        )
-
-
-def _some_prompts(prompts: Prompts, some: slice, media: dict) -> Prompts:
-    layout = prompts.layout
-    return replace(
-        prompts,
-        input_ids=prompts.input_ids[some],
-        layout=PromptLayout(layout.valid[some], layout.visual[some], layout.prefix[some], layout.seeds[some]),
-        position_ids=prompts.position_ids[:, some],
-        next_position=prompts.next_position[some],
-        media=media,
-    )
+        prompts = self.prompts.take(queries, media_of(rows, copies))
+        return Part(rows, prompts, some_rollouts(self.rollouts, answers), self.group)
 
 
 def some_rollouts(rollouts: Rollouts, some: slice) -> Rollouts:
     """The rollouts of a slice of rows."""
 
-    def taken(name: str, value: Tensor | dict[int, Tensor]) -> Tensor | dict[int, Tensor]:
+    def taken(name: str, value: Tensor | dict[int, Tensor] | float) -> Tensor | dict[int, Tensor] | float:
+        if isinstance(value, float):
+            return value
         if isinstance(value, dict):
             return {layer: of_layer[some] for layer, of_layer in value.items()}
         return value[:, some] if name in ("selection_logps", "layer_ratio", "layer_visual_ratio") else value[some]

@@ -21,7 +21,7 @@ class Replay(nn.Module):
     """Both passes of the update in one forward, so that a data-parallel wrapper sees one call per backward.
 
     Args:
-        settings: how a layer selects. temperature, sigma: of the rollouts. suppressed: ids that are never sampled.
+        settings: how a layer selects. temperature: of the rollouts. suppressed: ids that are never sampled.
         logits_chunk: tokens whose logits exist at a time; all at once where None.
         gradient_checkpointing: compute the decoder's activations again in the backward pass.
         attention_dtype: of attention among kept tokens, that of the rollouts; the model's where None.
@@ -33,14 +33,13 @@ class Replay(nn.Module):
         settings: SparsityParams,
         temperature: float,
         suppressed: Tensor,
-        sigma: float,
         logits_chunk: int | None = None,
         gradient_checkpointing: bool = False,
         attention_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.settings, self.temperature, self.suppressed, self.sigma = settings, temperature, suppressed, sigma
+        self.settings, self.temperature, self.suppressed = settings, temperature, suppressed
         self.logits_chunk, self.gradient_checkpointing = logits_chunk, gradient_checkpointing
         self.attention_dtype = attention_dtype
 
@@ -57,7 +56,7 @@ class Replay(nn.Module):
                 rollouts.p,
                 cache,
                 replay=rollouts.kept,
-                sigma=self.sigma,
+                sigma=rollouts.sigma,
                 perturbed=rollouts.perturbed or None,
                 attention_dtype=self.attention_dtype,
             )

@@ -23,7 +23,7 @@ class Rollouts:
     ``completions``, ``completion_mask``, ``logps``: (rows, tokens); the mask covers sampled tokens, the stop token
     included. ``kept``, ``perturbed``: per layer (rows, prompt). ``selection_logps``: (layers, rows) log-density of the
     sampled selection; no layers where sigma is 0. ``p``, ``token_ratio``, ``visual_token_ratio``, ``truncated``,
-    ``prompt_length``: (rows,). ``layer_ratio``, ``layer_visual_ratio``: (layers, rows).
+    ``prompt_length``: (rows,). ``layer_ratio``, ``layer_visual_ratio``: (layers, rows). ``sigma``: of the selection.
     """
 
     completions: Tensor
@@ -39,6 +39,7 @@ class Rollouts:
     layer_visual_ratio: Tensor
     truncated: Tensor
     prompt_length: Tensor
+    sigma: float
 
     @property
     def length(self) -> Tensor:
@@ -96,4 +97,5 @@ def roll_out(
         layer_visual_ratio=visual,
         truncated=decoded.running,
         prompt_length=layout.valid.sum(-1),
+        sigma=float(sigma),
     )

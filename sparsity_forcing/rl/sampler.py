@@ -11,9 +11,16 @@ from sparsity_forcing.data.schema import Row
 from sparsity_forcing.generation.prompts import Prompts, build_prompts, shares_prefix
 from sparsity_forcing.models.families import visual_token_ids
 from sparsity_forcing.models.prompts import encode_prompts
-from sparsity_forcing.params import SparsityParams, TrainParams
+from sparsity_forcing.params import SelectionPolicyParams, SparsityParams, TrainParams
 from sparsity_forcing.rl.parts import Part
 from sparsity_forcing.rl.rollout import Rollouts, Sampling, roll_out
+
+
+def sigma_of_step(policy: SelectionPolicyParams, step: int, steps: int) -> float:
+    """The scale of the selection policy in step ``step`` (from 0) of ``steps``."""
+    if policy.final_sigma is None or steps == 1:
+        return policy.sigma
+    return policy.sigma + (policy.final_sigma - policy.sigma) * step / (steps - 1)
 
 
 class Sampler:
@@ -26,15 +33,15 @@ class Sampler:
         self._pad_id = processor.tokenizer.pad_token_id
         self.cut_off: Callable[[], bool] = lambda: False
 
-    def roll_out(self, rows: Sequence[Row], noise_seed: int) -> Part:
-        """``num_generations`` sampled answers a row, one budget each."""
+    def roll_out(self, rows: Sequence[Row], noise_seed: int, step: int = 0) -> Part:
+        """``num_generations`` sampled answers a row, one budget each; ``step``, from 0, decides σ."""
         config, group = self.config, self.config.num_generations
         shared = shares_prefix(self.sparsity)
-        prompts = self.prompts(rows if shared else [row for row in rows for _ in range(group)])
+        prompts = self.prompts(rows, copies=1 if shared else group)
         budgets = torch.tensor(config.budgets * (group // len(config.budgets)), device=self.model.device)
         noise = torch.Generator(self.model.device).manual_seed(noise_seed)
         repeats = group if shared else 1
-        sigma = config.selection_policy.sigma
+        sigma = sigma_of_step(config.selection_policy, step, config.steps)
         self.model.eval()
         rollouts = roll_out(
             self.model,
@@ -59,7 +66,20 @@ class Sampler:
             self.model, prompts, p, 1, self.sparsity, greedy, make_context=make_context, cut_off=self.cut_off
         )
 
-    def prompts(self, rows: Sequence[Row]) -> Prompts:
+    def prompts(self, rows: Sequence[Row], copies: int = 1) -> Prompts:
+        """Every row's prompt ``copies`` times in a row. A frozen vision tower sees an image once."""
+        if self.config.freeze_vision:
+            once = self._built(rows)
+            every = torch.arange(len(rows), device=self.model.device)
+            return once if copies == 1 else once.take(every.repeat_interleave(copies))
+        return self._built([row for row in rows for _ in range(copies)])
+
+    def media(self, rows: Sequence[Row], copies: int) -> dict | None:
+        """The images of some rows of a rollout, ``copies`` prompts each, where the tower learns: its pixels. Those of a
+        frozen tower are encoded and go with their prompts: None."""
+        return None if self.config.freeze_vision else self.prompts(rows, copies).media
+
+    def _built(self, rows: Sequence[Row]) -> Prompts:
         inputs = encode_prompts(self.processor, [row.question for row in rows], [row.images for row in rows])
         return build_prompts(self.model, inputs, self.sparsity, encode_images=self.config.freeze_vision)
 

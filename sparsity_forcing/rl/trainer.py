@@ -94,7 +94,7 @@ class Trainer:
         self.checkpoints, self.on_step = checkpoints, on_step
         with explained_score():
             self.score = score_function(config.reward.correct)
-        self.costs = cost_model(model, config.reward.cost, config.reward.latency_batch)
+        self.costs = cost_model(model, config.reward.efficiency, config.reward.latency_batch)
         self.sampler = Sampler(model, processor, config, sparsity)
         with explained_memory("set train.lora, or train.beta: 0 (no reference), or model.dtype: bfloat16"):
             self._prepare_weights()
@@ -107,7 +107,6 @@ class Trainer:
             sparsity,
             config.temperature,
             self.sampler.suppressed,
-            config.selection_policy.sigma,
             config.logits_chunk,
             config.gradient_checkpointing,
             self.sampler.attention_dtype,
@@ -232,6 +231,7 @@ class Trainer:
             updated = self.updater.update(batches, self.step + 1, self._look_for_stop)
         clock.append(time.perf_counter())
         metrics = step_metrics(self.step + 1, facts, judged) | updated
+        metrics["sigma"] = parts[0].rollouts.sigma
         if config.beta == 0:
             del metrics["kl"]  # there is no reference
         self._look_at_replay(metrics)
@@ -253,7 +253,7 @@ class Trainer:
         parts = []
         for place in range(len(rows) // size):
             noise_seed = (self.seed * 1_000_003 + self.step) * 1024 + first + place
-            parts.append(self.sampler.roll_out(rows[place * size : (place + 1) * size], noise_seed))
+            parts.append(self.sampler.roll_out(rows[place * size : (place + 1) * size], noise_seed, self.step))
             self._look_for_stop()
         return parts
 
@@ -281,11 +281,11 @@ class Trainer:
         config = self.config
         counted = counts(facts, config)
         selection_advantages = judged.selection_advantages * counted
-        media_of = lambda rows: self.sampler.prompts(rows).media  # noqa: E731
         done = self.accelerator.process_index * config.prompts_per_step // self.accelerator.num_processes
         done *= config.num_generations
         batches = []
-        for part in [small for whole in parts for small in whole.split(config.micro_batch_prompts, media_of)]:
+        size = config.micro_batch_prompts
+        for part in [small for whole in parts for small in whole.split(size, self.sampler.media)]:
             self._look_for_stop()
             rollouts = part.rollouts
             own = slice(done, done + len(rollouts.p))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +57,18 @@ class PromptLayout:
         return self.valid & ~protected
 
     def to(self, device) -> PromptLayout:
-        return PromptLayout(*(t.to(device) for t in (self.valid, self.visual, self.prefix, self.seeds)))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def take(self, rows: Tensor) -> PromptLayout:
+        """Some rows, by their indices, which may repeat."""
+        return self._each(lambda tensor: tensor[rows])
 
     def repeat(self, times: int) -> PromptLayout:
         """Every row ``times`` times in a row: the layout of groups of rollouts."""
-        return PromptLayout(
-            *(t.repeat_interleave(times, 0) for t in (self.valid, self.visual, self.prefix, self.seeds))
-        )
+        return self._each(lambda tensor: tensor.repeat_interleave(times, 0))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PromptLayout:
+        return PromptLayout(*(change(tensor) for tensor in (self.valid, self.visual, self.prefix, self.seeds)))
 
 
 def _content_seeds(input_ids: Tensor, valid: Tensor) -> Tensor:

@@ -43,15 +43,13 @@ def cut_short(rollouts: Rollouts, lengths: list[int]) -> Rollouts:
     return replace(rollouts, completion_mask=mask, logps=rollouts.logps.masked_fill(~mask, 0.0))
 
 
-def replay_of(model, settings: SparsityParams, sigma: float = 0.0, **memory) -> Replay:
-    return Replay(model, settings, TEMPERATURE, suppressed(model), sigma, **memory).train()
+def replay_of(model, settings: SparsityParams, **memory) -> Replay:
+    return Replay(model, settings, TEMPERATURE, suppressed(model), **memory).train()
 
 
-def replayed(
-    model, prompts: Prompts, rollouts: Rollouts, group: int, settings: SparsityParams, sigma: float = 0.0, **memory
-):
+def replayed(model, prompts: Prompts, rollouts: Rollouts, group: int, settings: SparsityParams, **memory):
     """What the update pass computes: log-probabilities, and log-densities of the selection."""
-    return replay_of(model, settings, sigma, **memory)(prompts, rollouts, group)
+    return replay_of(model, settings, **memory)(prompts, rollouts, group)
 
 
 def gradients(model, *objectives: Tensor) -> dict[str, Tensor]:

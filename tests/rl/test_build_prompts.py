@@ -83,3 +83,31 @@ def test_two_passes_equal_one_pass_of_plain_transformers(family, encode_images):
     assert prompts.prefix > 0
     real = torch.cat([torch.ones(4, 1, dtype=torch.bool), mask], dim=1)
     torch.testing.assert_close(found[real], plain[real], rtol=0, atol=1e-6)  # rotary angles are float32
+
+
+@pytest.mark.parametrize("chosen", [[2], [1, 1, 3, 0], [3], [2, 2, 1, 0, 3, 0]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_taken_prompts_are_those_prompts_with_their_images(family, chosen):
+    """Against the same rows of a batch with all of them, and of one that was built of them."""
+    model, processor = sharp_model(family)
+    questions = mixed_questions()
+    for settings in (SUFFIX, SparsityParams(prefill="sparse")):
+        whole = prompts_of(model, processor, questions, settings)
+        taken = whole.take(torch.tensor(chosen))
+        built = prompts_of(model, processor, [questions[place] for place in chosen], settings)
+        with torch.no_grad(), decoder_attention(model):
+            every, found, alone = (
+                run_rest(model, prompts, 1, run_prefix(model, prompts, 1), None, None, None, keep=1)
+                for prompts in (whole, taken, built)
+            )
+        torch.testing.assert_close(found, every[chosen], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)  # rotary angles are float32
+        assert torch.equal(taken.layout.seeds, built.layout.seeds)
+        assert torch.equal(taken.next_position, built.next_position)
+
+
+def test_pixels_are_not_divided_over_prompts(policy):
+    prompts = prompts_of(*policy, mixed_questions(), SUFFIX, encode_images=False)
+    with pytest.raises(ValueError, match="only encoded images can be divided over prompts, got image_grid_thw, pixel"):
+        prompts.take(torch.tensor([0]))
+    assert prompts.take(torch.tensor([3]), media={}).media == {}

@@ -10,6 +10,7 @@ from scenes import assert_same
 import sparsity_forcing.rl.update as update_module
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.data.schema import Row
+from sparsity_forcing.models.families import vision_tower
 from sparsity_forcing.params import SparsityParams
 
 TEXT = Row("text", "train", "say", "how many digits are red?", "4", [])
@@ -70,3 +71,19 @@ def test_rollouts_in_portions_are_judged_together(tmp_path, monkeypatch):
         assert advantages[:, budget::2].mean().abs() < 1e-6
         assert advantages[:, budget::2].mean(1).abs().max() > 1e-3
     assert metrics["replay_max_difference"] < 1e-12
+
+
+@pytest.mark.parametrize("prefill", ["suffix", "sparse", "dense"])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_prompts": 1}, {"rollout_prompts": 2, "micro_batch_prompts": 1}])
+def test_a_frozen_tower_sees_an_image_once_a_step(tmp_path, prefill, changes):
+    """Whatever the rollouts share, and however often the update goes through them."""
+    sparsity, images = SparsityParams(p=0.8, prefill=prefill), sum(len(row.images) for row in MIXED)
+    changes = {"prompts_per_step": 4, "num_iterations": 2, "gradient_checkpointing": True, **changes}
+    trainer = trainer_of(tmp_path, train=MIXED, sparsity=sparsity, **changes)
+    seen = []
+    for model in (trainer.model, trainer.reference):
+        look = lambda tower, inputs, named, found: seen.append(len(named["grid_thw"]))  # noqa: E731
+        vision_tower(model).register_forward_hook(look, with_kwargs=True)
+    with decoder_attention(trainer.model), decoder_attention(trainer.reference):
+        trainer.learn(MIXED)
+    assert sum(seen) == images == 4

@@ -62,6 +62,6 @@ def test_a_sampled_selection_gives_it_one(policy):
     rewards = joint_rewards(torch.ones(1, 8), rollouts.token_ratio[None])
     advantages = group_advantages(rewards.total)[0]
     assert advantages.std() > 0.5
-    _, density = replayed(model, prompts, rollouts, 8, SETTINGS, sigma=0.5)
+    _, density = replayed(model, prompts, rollouts, 8, SETTINGS)
     found = gradients(model, (density * advantages).sum())
     assert found["model.language_model.layers.0.self_attn.k_proj.weight"].norm() > 1e-3

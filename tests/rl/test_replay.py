@@ -52,7 +52,7 @@ def test_replay_gives_the_log_probabilities_of_the_rollout(policy, prefill, scor
     settings = kind(prefill, scoring_rows)
     prompts, rollouts, group = scene(model, processor, settings, sigma)
     assert rollouts.completion_mask.sum() == sum(LENGTHS)
-    logps, selection = replayed(model, prompts, rollouts, group, settings, sigma)
+    logps, selection = replayed(model, prompts, rollouts, group, settings)
     torch.testing.assert_close(logps, rollouts.logps, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(selection, rollouts.selection_logps, rtol=1e-6, atol=1e-6)
     assert selection.shape == ((2, 8) if sigma else (0, 8))
@@ -66,7 +66,7 @@ def test_replay_in_single_precision(single, prefill):
     model, processor = single
     settings = kind(prefill, "text")
     prompts, rollouts, group = scene(model, processor, settings, sigma=0.5)
-    logps, _ = replayed(model, prompts, rollouts, group, settings, sigma=0.5)
+    logps, _ = replayed(model, prompts, rollouts, group, settings)
     assert (logps - rollouts.logps).abs().max() < 1e-5
 
 
@@ -78,7 +78,7 @@ def test_attention_in_float64_rounds_a_float32_models_replay_no_more(single, pre
     noise = torch.Generator().manual_seed(0)
     answers = sampling(model)
     rollouts = roll_out(model, prompts, BUDGETS, group, settings, answers, 0.5, noise, attention_dtype=dtype)
-    logps, _ = replayed(model, prompts, rollouts, group, settings, sigma=0.5, attention_dtype=dtype)
+    logps, _ = replayed(model, prompts, rollouts, group, settings, attention_dtype=dtype)
     assert logps.dtype == rollouts.logps.dtype == torch.float32
     assert (logps - rollouts.logps)[rollouts.completion_mask].abs().max() < 1e-6
     torch.testing.assert_close(rollouts.logps[:, 0], plain.logps[:, 0], rtol=1e-4, atol=1e-4)
@@ -102,7 +102,7 @@ def test_sharing_the_prefix_leaves_the_gradient_as_it_is(policy, prefill):
     weights = torch.linspace(-1, 1, 8, dtype=torch.float64)
     results = []
     for these, times in ((prompts, group), (repeated, 1)):
-        logps, selection = replayed(model, these, rollouts, times, settings, sigma=0.5)
+        logps, selection = replayed(model, these, rollouts, times, settings)
         results.append((logps, selection, gradients(model, logps.mean(-1) @ weights, (selection @ weights).sum())))
     (logps, selection, found), (other_logps, other_selection, expected) = results
     torch.testing.assert_close(logps, other_logps, rtol=1e-12, atol=1e-12)
@@ -130,7 +130,7 @@ def test_the_cut_leaves_the_gradient_as_it_is(policy, monkeypatch):
 
 def objective_and_gradients(model, inputs, settings: SparsityParams, **memory):
     prompts, rollouts, group = inputs
-    logps, selection = replayed(model, prompts, rollouts, group, settings, sigma=0.5, **memory)
+    logps, selection = replayed(model, prompts, rollouts, group, settings, **memory)
     weights = torch.linspace(-1, 1, len(rollouts.p), dtype=logps.dtype)
     objectives = (logps.mean(-1) @ weights, (selection @ weights).sum())
     return logps, selection, gradients(model, *objectives)
@@ -155,7 +155,7 @@ def test_gradient_checkpointing_keeps_no_activations_of_layers(policy):
     def kept_for_backward(on: bool) -> int:
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            replayed(model, *inputs, SparsityParams(), sigma=0.5, gradient_checkpointing=on)
+            replayed(model, *inputs, SparsityParams(), gradient_checkpointing=on)
         return sum(sizes)
 
     assert kept_for_backward(True) < kept_for_backward(False) / 3

@@ -21,6 +21,7 @@ from sparsity_forcing.rl.trainer import TrainingError
     [
         {},
         {"selection_policy": {"sigma": 0.0}},
+        {"selection_policy": {"sigma": 0.8, "final_sigma": 0.1}},
         {"freeze_vision": False},
         {"dtype": torch.bfloat16},
         {"lora": {"r": 4}},

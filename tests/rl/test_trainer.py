@@ -100,6 +100,16 @@ def test_every_rollout_is_scored_by_the_answer_to_its_own_question(tmp_path):
     assert [record["reward_efficiency"] > 0 for record in table] == [record["answer"] == "7" for record in table]
 
 
+def test_the_scale_of_the_selection_goes_from_the_first_to_the_last(tmp_path, monkeypatch):
+    seen = {}
+    _watch(monkeypatch, seen, sampler_module, "roll_out")
+    policy = {"sigma": 0.8, "final_sigma": 0.2}
+    history = trainer_of(tmp_path, steps=3, validate_every=4, selection_policy=policy).train()
+    used = [found.sigma for found in seen["roll_out"][1:4]]  # the first is of the start's validation
+    assert used == [row["sigma"] for row in history] == pytest.approx([0.8, 0.5, 0.2])
+    assert max(row["replay_max_difference"] for row in history) < 1e-5
+
+
 @pytest.mark.parametrize("credit", ["layer", "joint"])
 def test_selection_is_judged_by_the_ratio_it_is_said_to_be(tmp_path, monkeypatch, credit):
     seen = {}

@@ -1,0 +1,55 @@
+"""The images of a batch of prompts: encoded once, then taken along with their prompts."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+
+FEATURES = "mm_encoder_outputs"  # transformers' name of what is encoded already, by modality
+READ = ("pooler_output", "deepstack_features")  # what models read of it
+
+
+@torch.no_grad()
+def encode(model, media: dict) -> dict:
+    """Replaces pixels by image features where the family takes them."""
+    if "pixel_values" not in media or FEATURES not in inspect.signature(model.forward).parameters:
+        return media
+    accepted = inspect.signature(model.get_image_features).parameters
+    found = model.get_image_features(**{name: value for name, value in media.items() if name in accepted})
+    features = type(found)(**{name: found[name] for name in READ if found.get(name) is not None})
+    rest = {name: value for name, value in media.items() if name not in accepted}
+    return {**rest, FEATURES: {"image": features}}
+
+
+def take(media: dict, visual_tokens: Tensor, queries: Tensor) -> dict:
+    """The encoded images of some prompts.
+
+    Args:
+        media: of all prompts, as `encode` gives it.
+        visual_tokens: (queries,) of every prompt: an image has a feature for each of its tokens.
+        queries: which prompts; one may come more than once.
+
+    Raises:
+        ValueError: the images are not encoded.
+    """
+    if not media:
+        return {}
+    if set(media) != {FEATURES}:
+        raise ValueError(f"only encoded images can be divided over prompts, got {', '.join(sorted(media))}")
+    if not int(visual_tokens[queries].sum()):
+        return {}
+    features = media[FEATURES]["image"]
+
+    def taken(of_images) -> list[Tensor] | Tensor:
+        """In the container that models expect: of one (tokens, hidden) tensor a list, or a batch."""
+        every = torch.cat([image.reshape(-1, image.shape[-1]) for image in of_images])
+        by_prompt = every.split(visual_tokens.tolist())
+        some = torch.cat([by_prompt[query] for query in queries.tolist()])
+        return some[None] if isinstance(of_images, Tensor) else [some]
+
+    found = {"pooler_output": taken(features["pooler_output"])}
+    if (layers := features.get("deepstack_features")) is not None:
+        found["deepstack_features"] = [taken(layer) for layer in layers]
+    return {FEATURES: {"image": type(features)(**found)}}
