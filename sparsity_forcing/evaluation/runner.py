@@ -1,7 +1,8 @@
 """Runs the rows of the comparison through lmms-eval's evaluator.
 
-Each checkpoint has a process of its own, which imports lmms-eval and loads the model once. A finished row is kept on
-disk under the fingerprint of everything it depends on, so that a run that was killed goes on where it was.
+The rows are divided over processes, each of which imports lmms-eval and loads one checkpoint, once, on a GPU of its own
+where there are several. A finished row is kept on disk under the fingerprint of everything it depends on, so that a run
+that was killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import sparsity_kernels
+import torch
 
 from sparsity_forcing.evaluation.samples import read_records, sample_records, write_samples
 from sparsity_forcing.evaluation.tasks import LocalTask
@@ -29,6 +32,7 @@ CODE = (
     Path(sparsity_kernels.__file__).parent,
 )
 PACKAGES = ("lmms_eval", "torch", "transformers")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,8 @@ def evaluate_rows(
             on_progress(Advance(job.title, benchmark.questions, done="kept from the run before"))
         else:
             missing.setdefault(job.checkpoint, []).append((job, path))
-    groups = [(group, benchmark, cache) for group in missing.values()]
-    run_in_processes(_evaluate_group, groups, on_progress, processes=workers)
+    groups = [(share, place, benchmark, cache) for place, share in enumerate(shares(missing.values(), workers))]
+    run_in_processes(_evaluate_share, groups, on_progress, processes=workers)
     return [record for path in results.values() for record in read_records(path)]
 
 
@@ -118,16 +122,33 @@ def _plain(value: object) -> object:
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
 
 
-def _evaluate_group(
-    group: Sequence[tuple[Job, Path]], benchmark: Benchmark, cache: Path, report: Callable[[Advance], None]
+def shares(groups: Collection[Sequence[T]], workers: int) -> list[Sequence[T]]:
+    """Every group, dealt out to the workers that there are for it: one at least, and never more than it has items."""
+    each = max(1, workers // max(1, len(groups)))
+    return [group[place::each] for group in groups for place in range(min(each, len(group)))]
+
+
+def device_of(place: int, device: str) -> str:
+    """Where the process at ``place`` computes: in turn on every GPU, if ``device`` leaves open on which."""
+    count = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    return f"cuda:{place % count}" if count > 1 else device
+
+
+def _evaluate_share(
+    share: Sequence[tuple[Job, Path]],
+    place: int,
+    benchmark: Benchmark,
+    cache: Path,
+    report: Callable[[Advance], None],
 ) -> None:
-    """The rows of one checkpoint, in a process of their own."""
+    """Rows of one checkpoint, in a process of their own."""
     os.environ["LMMS_EVAL_DATASETS_CACHE"] = str(cache / "datasets")  # in the workspace, not in the home directory
     os.environ["TQDM_DELAY"] = "1e9"  # no bars of lmms-eval's own: those of several processes would mix
     from sparsity_forcing.models.load import load
 
-    model, processor = load(group[0][0].directory, dtype=benchmark.dtype, device=benchmark.device)
-    for job, path in group:
+    device = device_of(place, benchmark.device)
+    model, processor = load(share[0][0].directory, dtype=benchmark.dtype, device=device)
+    for job, path in share:
         started = time.perf_counter()
         advance = partial(_advance, report, job.title)
         samples = evaluate_model(model, processor, job.method, benchmark, advance)

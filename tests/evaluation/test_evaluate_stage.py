@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from imported_code import ROOT, imported_modules, module_file
 
 from sparsity_forcing.data.schema import Row, write_rows
-from sparsity_forcing.evaluation.runner import CODE
+from sparsity_forcing.evaluation.runner import CODE, device_of, shares
 from sparsity_forcing.evaluation.samples import read_samples
 from sparsity_forcing.evaluation.table import load_table
 from sparsity_forcing.evaluation.workers import WorkerError
@@ -121,11 +122,35 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(done, fill, params, t
     kept = len(list(finished.glob("[!.]*.parquet")))
     assert 1 <= kept < 6
 
-    evaluate.run(params, root)
+    more = params.evaluate.model_copy(update={"workers": 4})  # two a checkpoint, where it is not done
+    evaluate.run(params.model_copy(update={"evaluate": more}), root)
     assert capsys.readouterr().out.count("kept from the run before") == kept
     for output in OUTPUTS:
         assert (root / output).read_bytes() == (done / output).read_bytes(), output
     assert not (root / evaluate.CACHE).exists()
+
+
+@pytest.mark.parametrize(
+    "workers, expected",
+    [
+        (1, ["abcde", "fg"]),
+        (2, ["abcde", "fg"]),
+        (5, ["ace", "bd", "f", "g"]),
+        (9, ["ae", "b", "c", "d", "f", "g"]),
+    ],
+)
+def test_the_rows_of_a_checkpoint_are_dealt_out_to_the_workers(workers, expected):
+    assert shares(["abcde", "fg"], workers) == expected
+    assert shares([], workers) == []
+
+
+@pytest.mark.parametrize(
+    "device, count, expected",
+    [("auto", 0, "auto"), ("cpu", 3, "cpu"), ("cuda", 1, "cuda"), ("auto", 3, "cuda:1"), ("cuda:0", 3, "cuda:0")],
+)
+def test_processes_take_turns_on_the_gpus(monkeypatch, device, count, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert device_of(4, device) == expected
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sparsity_forcing.models.prompts import to_pil
 from sparsity_forcing.params import SparsityParams
 from sparsity_forcing.scoring import exact_match
 
+ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
 METHODS = {"dense": Full(), "sparse": TopP(0.6, SparsityParams(protect_text=False))}
 
@@ -109,6 +111,30 @@ def test_the_evaluators_own_accuracy_by_model_name(tiny, rows, benchmark_tasks):
         for sample in results["samples"][task.name]:
             ratio = expected[sample["doc"]["id"]]["visual_token_ratio"]
             assert sample["token_counts"][0]["visual_token_ratio"] == pytest.approx(ratio, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions(tiny, rows, benchmark_tasks, tmp_path):
+    """lmms-eval's command line under `accelerate launch`, unevenly: every question once, and the score of all."""
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launch += ["--config_file", str(ROOT / "presets/accelerate/cpu-2proc.yaml"), "-m", "sparsity_forcing.evaluation"]
+    launch += ["--model", "sparsity_forcing", "--include_path", str(benchmark_tasks.directory)]
+    launch += ["--model_args", f"pretrained={tiny.directory},p=0.6,protect_text=False,device=cpu"]
+    launch += ["--tasks", ",".join(task.name for task in benchmark_tasks.tasks)]
+    launch += ["--output_path", str(tmp_path), "--log_samples"]
+    ended = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    (results,) = tmp_path.rglob("*_results.json")
+    found = json.loads(results.read_text())["results"]
+    expected = one_by_one(tiny, rows, METHODS["sparse"])
+    for task in benchmark_tasks.tasks:
+        asked = [row for row in rows if row.label == task.label]
+        assert len(asked) == 3  # two in a process, one in the other
+        (samples,) = tmp_path.rglob(f"*_samples_{task.name}.jsonl")
+        told = [json.loads(line) for line in samples.read_text().splitlines()]
+        assert sorted(sample["doc_id"] for sample in told) == list(range(len(asked)))
+        scores = [expected[row.id]["score"] for row in asked]
+        assert found[task.name]["accuracy,none"] == pytest.approx(sum(scores) / len(scores))
 
 
 def test_unknown_model_arguments_are_refused(tiny):
