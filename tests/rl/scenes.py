@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from dataclasses import replace
 
 import torch
@@ -66,6 +68,16 @@ def always_right(prediction: str, answer: str) -> float:
 
 def never_right(prediction: str, answer: str) -> float:
     return 0.0
+
+
+_answers = itertools.count(1)
+
+
+def fails_in_one_process(prediction: str, answer: str) -> float:
+    """Right; from the 12th answer on an error in the process that the environment names."""
+    if next(_answers) >= 12 and os.environ.get("RANK") == os.environ.get("FAILING_RANK", "none"):
+        raise RuntimeError("no score for this answer")
+    return 1.0
 
 
 def a_list(prediction: str, answer: str) -> list[float]:

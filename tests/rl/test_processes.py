@@ -23,15 +23,16 @@ from test_train_stage import STEPS, newest, prepared  # noqa: F401  (a fixture)
 from sparsity_forcing.rl.batches import share_of
 
 ROOT = Path(__file__).parents[2]
+TOGETHER = 40  # seconds in which all processes end after one
 CONFIGURATIONS = sorted((ROOT / "presets/accelerate").glob("*.yaml"))
 
 
-def launch(*arguments: str, configuration: str = "cpu-2proc") -> subprocess.Popen:
-    """Two processes; of a configuration for GPUs, two on the CPU."""
+def launch(*arguments: str, configuration: str = "cpu-2proc", **variables: str) -> subprocess.Popen:
+    """Two processes; of a configuration for GPUs, two on the CPU. ``variables``: of their environment."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--num_processes", "2"]
     command += ["--config_file", str(ROOT / f"presets/accelerate/{configuration}.yaml"), *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
-    environment |= {
+    environment |= variables | {
         "OMP_NUM_THREADS": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONPATH": f"{ROOT / 'tests/rl'}:{ROOT / 'tests'}:{ROOT}",
@@ -122,15 +123,27 @@ def with_one_signalled(workspace: Path, arguments: tuple[str, ...], number: sign
     asked = time.monotonic()
     code, output = finished(process)
     assert code != 0
-    assert time.monotonic() - asked < 40
+    assert time.monotonic() - asked < TOGETHER
     assert not (workspace / "models/policy").exists()
     return output
 
 
 @pytest.mark.slow
-def test_when_one_process_is_stopped_or_dies_the_other_ends_and_the_run_goes_on(prepared):  # noqa: F811
+def test_when_one_process_fails_is_stopped_or_dies_the_other_ends_and_the_run_goes_on(prepared):  # noqa: F811
+    params = yaml.safe_load((prepared / "params.yaml").read_text())
+    params["train"]["reward"] = {"correct": "scenes:fails_in_one_process"}
+    (prepared / "params.yaml").write_text(yaml.safe_dump(params))
     arguments = ("-m", "sparsity_forcing", "train", "--root", str(prepared))
+
+    code, output = finished(launch(*arguments, FAILING_RANK="1"), TOGETHER + 60)
+    assert code != 0
+    assert "no score for this answer" in output
+    assert "train.reward.correct in params.yaml names it" in output
+    assert newest(prepared) >= 2
+    assert not (prepared / "models/policy").exists()
+
     output = with_one_signalled(prepared, arguments, signal.SIGTERM)
+    assert output.count("resumed from") == 1
     assert output.count("stopped by signal 15; saved step") == 1  # both at the same step, one speaks for both
     output = with_one_signalled(prepared, arguments, signal.SIGKILL)
     assert output.count("resumed from") == 1
@@ -141,7 +154,7 @@ def test_when_one_process_is_stopped_or_dies_the_other_ends_and_the_run_goes_on(
     assert (prepared / "models/policy/model.safetensors").exists()
     assert not (prepared / "checkpoints/train").exists()
     assert json.loads((prepared / "metrics/train.json").read_text())["steps"] == STEPS
-    assert run_names(prepared) == ["train"] * 3
+    assert run_names(prepared) == ["train"] * 4
 
 
 def run_names(workspace: Path) -> list[str]:
