@@ -31,7 +31,7 @@ from sparsity_forcing.bench.compare import BenchError, Case, fastest
 from sparsity_forcing.bench.rollouts import BUDGETS, prompts_of, setting_of, small_model
 from sparsity_forcing.data.digits import load_scans, render
 from sparsity_forcing.data.schema import Row
-from sparsity_forcing.models.families import vision_tower
+from sparsity_forcing.models.families import freeze_vision
 
 GRID, PROMPTS, GROUP, NEW_TOKENS = 16, 8, 8, 16
 STEPS, WARM_UP = 4, 1
@@ -141,7 +141,7 @@ def train_trl(folder: Path, together: int | None = None) -> dict:
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(folder / "model")  # its reference model is loaded from where the model was
     model = type(model).from_pretrained(folder / "model", dtype=torch.float32)
-    vision_tower(model).requires_grad_(False)
+    freeze_vision(model)
     rows = bench_rows("train", PROMPTS * (STEPS + WARM_UP))
     dataset = Dataset.from_list(
         [

@@ -123,9 +123,12 @@ def _plain(value: object) -> object:
 
 
 def shares(groups: Collection[Sequence[T]], workers: int) -> list[Sequence[T]]:
-    """Every group, dealt out to the workers that there are for it: one at least, and never more than it has items."""
-    each = max(1, workers // max(1, len(groups)))
-    return [group[place::each] for group in groups for place in range(min(each, len(group)))]
+    """Every group, dealt out to its workers: an even part of all, the first groups one more, none without items."""
+    found = []
+    for index, group in enumerate(groups):
+        own = min(len(group), max(1, workers // len(groups) + (index < workers % len(groups))))
+        found += [group[place::own] for place in range(own)]
+    return found
 
 
 def device_of(place: int, device: str) -> str:
@@ -147,6 +150,8 @@ def _evaluate_share(
     from sparsity_forcing.models.load import load
 
     device = device_of(place, benchmark.device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     model, processor = load(share[0][0].directory, dtype=benchmark.dtype, device=device)
     for job, path in share:
         started = time.perf_counter()

@@ -22,7 +22,7 @@ from sparsity_forcing.evidence.arms import ARMS
 from sparsity_forcing.evidence.experiment import MadeBy, measured_once
 from sparsity_forcing.inputs import BASE, TRAIN, require_inputs
 from sparsity_forcing.lineage import code_digest
-from sparsity_forcing.models.families import vision_tower
+from sparsity_forcing.models.families import freeze_vision
 from sparsity_forcing.models.load import load
 from sparsity_forcing.params import Params, ParamsError, TrainParams
 from sparsity_forcing.progress import Progress
@@ -129,7 +129,7 @@ def _gradients(params: Params, root: Path, draws: int, title: str) -> dict[str, 
     """Part of the objective -> (draws, weights) gradients."""
     config = params.train
     model, processor = load(root / BASE, params.model.dtype, params.model.device)
-    vision_tower(model).requires_grad_(False)
+    freeze_vision(model)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     rows = read_rows(root / TRAIN)[:PROMPTS]
     answers = [row.answer for row in rows for _ in range(config.num_generations)]

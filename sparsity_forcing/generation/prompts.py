@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparsity_forcing.generation import media as images
+from sparsity_forcing.generation import encoded_images
 from sparsity_forcing.models.families import visual_token_ids
 from sparsity_forcing.models.prompts import to_device
 from sparsity_forcing.params import SparsityParams
@@ -57,7 +57,7 @@ class Prompts:
             layout=layout.take(queries),
             position_ids=self.position_ids[:, queries],
             next_position=self.next_position[queries],
-            media=images.take(self.media, layout.visual.sum(-1), queries) if media is None else media,
+            media=encoded_images.take(self.media, layout.visual.sum(-1), queries) if media is None else media,
         )
 
 
@@ -87,7 +87,7 @@ def build_prompts(model, inputs: dict, settings: SparsityParams, encode_images: 
     positions, following = _positions(model, inputs)
     media = {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS}
     if encode_images:
-        media = images.encode(model, media)
+        media = encoded_images.encode(model, media)
     if not shares_prefix(settings) or not bool(layout.prefix.any()):
         return Prompts(input_ids, layout, positions, following, 0, media)
 

@@ -8,7 +8,6 @@ tests/attention.
 
 from __future__ import annotations
 
-import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "llava_onevision", "internvl")
@@ -60,10 +59,9 @@ def visual_token_ids(config: PretrainedConfig) -> tuple[int, ...]:
     return tuple(token for token in ids if token is not None)
 
 
-def vision_tower(model: PreTrainedModel) -> torch.nn.Module:
-    """The module that turns pixels into visual tokens, projector included where the family keeps it inside."""
-    for name in ("visual", "vision_tower"):
-        tower = getattr(model.model, name, None)
-        if tower is not None:
-            return tower
-    raise UnsupportedModelError(f"{type(model).__name__} has no vision tower under model.visual or model.vision_tower")
+def freeze_vision(model: PreTrainedModel) -> None:
+    """Freezes all that turns pixels into visual tokens: the tower, a projector, what separates rows of an image."""
+    decoder = {id(parameter) for parameter in model.model.language_model.parameters()}
+    for parameter in model.model.parameters():
+        if id(parameter) not in decoder:
+            parameter.requires_grad_(False)

@@ -59,8 +59,8 @@ class Baseline(Section):
 
 
 class EvaluateParams(Section):
-    """``workers``: processes at a time, which share the rows of the table, each with a model of its own and, where
-    there are several, on a GPU of its own; 1 where two models do not fit the device.
+    """``workers``: processes at a time, which share the rows of the table, each with a model of its own, in turn on the
+    GPUs where there are several; 1 where two models do not fit the device.
     ``limit``: questions per task, the first ones; all where null.
     """
 

@@ -94,7 +94,8 @@ class TrainParams(Section):
 
     Memory, without a change of the objective: ``micro_batch_prompts`` prompts share a backward pass and
     ``rollout_prompts`` a rollout (null: all of a process; noise is drawn for the prompts that are rolled out together);
-    a frozen vision tower (``freeze_vision``) encodes an image once for all passes of a step;
+    a frozen vision tower (``freeze_vision``; its projector too) encodes an image once for all passes of a step, one
+    that learns in every pass;
     ``logits_chunk`` tokens have their logits at a time (null: all); ``gradient_checkpointing`` computes the decoder's
     activations again in the backward pass; ``lora`` trains adapters.
 

@@ -78,10 +78,12 @@ def limits_section(params: Params) -> Section:
         "Training lowers a token ratio, not a latency. What that is worth in time depends on hardware, batch and "
         "length; the section on decode time states what was measured.",
     ]
-    if params.train.selection_policy.sigma > 0:
+    policy = params.train.selection_policy
+    if policy.sigma > 0:
+        scale = f"{policy.sigma:g}" if policy.final_sigma is None else f"{policy.sigma:g} to {policy.final_sigma:g}"
         notes.append(
             "Rollouts choose tokens at random around the rule (Gaussian noise on the log attention mass, "
-            f"σ = {params.train.selection_policy.sigma:g}), which gives the efficiency reward a gradient. That is this "
+            f"σ = {scale}), which gives the efficiency reward a gradient. That is this "
             "project's addition to the paper's objective. At deployment the noise is off and the rule is plain top-p; "
             "scoring rows and prefill are those of the table above."
         )

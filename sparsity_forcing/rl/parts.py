@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsity_forcing.data.schema import Row
+from sparsity_forcing.generation.encoded_images import are_encoded
 from sparsity_forcing.generation.prompts import Prompts
 from sparsity_forcing.rl.rollout import Rollouts
 
@@ -26,22 +27,23 @@ class Part:
     rollouts: Rollouts
     group: int
 
-    def split(self, size: int | None, media_of: Callable[[Sequence[Row], int], dict | None]) -> list[Part]:
-        """Parts of at most ``size`` rows each, in order; ``media_of``: see `Sampler.media`.
+    def split(self, size: int | None, pixels_of: Callable[[Sequence[Row]], dict]) -> list[Part]:
+        """Parts of at most ``size`` rows each, in order; ``pixels_of`` gives images of some rows that are not encoded.
 
         Every prompt stays padded as it is: a replay needs the slots of its rollout.
         """
         if size is None or size >= len(self.rows):
             return [self]
-        return [self._between(first, first + size, media_of) for first in range(0, len(self.rows), size)]
+        return [self._between(first, first + size, pixels_of) for first in range(0, len(self.rows), size)]
 
-    def _between(self, first: int, last: int, media_of: Callable[[Sequence[Row], int], dict | None]) -> Part:
+    def _between(self, first: int, last: int, pixels_of: Callable[[Sequence[Row]], dict]) -> Part:
         rows = self.rows[first:last]
         copies = self.prompts.queries // len(self.rows)  # of a row's prompt
         queries = torch.arange(len(rows) * copies, device=self.prompts.input_ids.device) + first * copies
         answers = slice(first * copies * self.group, last * copies * self.group)
-        prompts = self.prompts.take(queries, media_of(rows, copies))
-        return Part(rows, prompts, some_rollouts(self.rollouts, answers), self.group)
+        encoded = are_encoded(self.prompts.media)
+        media = None if encoded else pixels_of([row for row in rows for _ in range(copies)])
+        return Part(rows, self.prompts.take(queries, media), some_rollouts(self.rollouts, answers), self.group)
 
 
 def some_rollouts(rollouts: Rollouts, some: slice) -> Rollouts:

@@ -8,6 +8,7 @@ import torch
 
 from sparsity_forcing.attention.context import SparseContext
 from sparsity_forcing.data.schema import Row
+from sparsity_forcing.generation.encoded_images import are_encoded
 from sparsity_forcing.generation.prompts import Prompts, build_prompts, shares_prefix
 from sparsity_forcing.models.families import visual_token_ids
 from sparsity_forcing.models.prompts import encode_prompts
@@ -68,16 +69,12 @@ class Sampler:
 
     def prompts(self, rows: Sequence[Row], copies: int = 1) -> Prompts:
         """Every row's prompt ``copies`` times in a row. A frozen vision tower sees an image once."""
-        if self.config.freeze_vision:
-            once = self._built(rows)
-            every = torch.arange(len(rows), device=self.model.device)
-            return once if copies == 1 else once.take(every.repeat_interleave(copies))
-        return self._built([row for row in rows for _ in range(copies)])
-
-    def media(self, rows: Sequence[Row], copies: int) -> dict | None:
-        """The images of some rows of a rollout, ``copies`` prompts each, where the tower learns: its pixels. Those of a
-        frozen tower are encoded and go with their prompts: None."""
-        return None if self.config.freeze_vision else self.prompts(rows, copies).media
+        once = self._built(rows)
+        if copies == 1:
+            return once
+        if not are_encoded(once.media):
+            return self._built([row for row in rows for _ in range(copies)])
+        return once.take(torch.arange(len(rows), device=self.model.device).repeat_interleave(copies))
 
     def _built(self, rows: Sequence[Row]) -> Prompts:
         inputs = encode_prompts(self.processor, [row.question for row in rows], [row.images for row in rows])

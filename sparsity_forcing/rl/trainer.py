@@ -31,7 +31,7 @@ from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.checkpoints import Checkpoints
 from sparsity_forcing.data.schema import Row
 from sparsity_forcing.files import write_json_atomic
-from sparsity_forcing.models.families import require_supported, vision_tower
+from sparsity_forcing.models.families import freeze_vision, require_supported
 from sparsity_forcing.params import SparsityParams, TrainParams
 from sparsity_forcing.rl.adapters import add_adapters
 from sparsity_forcing.rl.batches import rows_of_step, share_of
@@ -284,8 +284,8 @@ class Trainer:
         done = self.accelerator.process_index * config.prompts_per_step // self.accelerator.num_processes
         done *= config.num_generations
         batches = []
-        size = config.micro_batch_prompts
-        for part in [small for whole in parts for small in whole.split(size, self.sampler.media)]:
+        pixels_of = lambda rows: self.sampler.prompts(rows).media  # noqa: E731
+        for part in [small for whole in parts for small in whole.split(config.micro_batch_prompts, pixels_of)]:
             self._look_for_stop()
             rollouts = part.rollouts
             own = slice(done, done + len(rollouts.p))
@@ -424,7 +424,7 @@ class Trainer:
             if self.config.beta:
                 self.reference = copy.deepcopy(self.model).requires_grad_(False).eval()
             if self.config.freeze_vision:
-                vision_tower(self.model).requires_grad_(False)
+                freeze_vision(self.model)
         self.learner = learner_of(self.model, self.accelerator) if is_sharded(self.accelerator) else self.model
 
     def _follow_learner(self) -> None:

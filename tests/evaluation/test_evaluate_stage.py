@@ -135,8 +135,9 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(done, fill, params, t
     [
         (1, ["abcde", "fg"]),
         (2, ["abcde", "fg"]),
-        (5, ["ace", "bd", "f", "g"]),
-        (9, ["ae", "b", "c", "d", "f", "g"]),
+        (3, ["ace", "bd", "fg"]),
+        (5, ["ad", "be", "c", "f", "g"]),
+        (9, ["a", "b", "c", "d", "e", "f", "g"]),
     ],
 )
 def test_the_rows_of_a_checkpoint_are_dealt_out_to_the_workers(workers, expected):

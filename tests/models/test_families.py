@@ -9,7 +9,14 @@ from PIL import Image
 from tiny_families import build_family
 from transformers import Gemma3Config, LlavaConfig, MistralConfig, Qwen2Config, Qwen2VLConfig, T5Config
 
-from sparsity_forcing.models.families import FAMILIES, UnsupportedModelError, require_supported, visual_token_ids
+from sparsity_forcing.generation.encoded_images import encode
+from sparsity_forcing.models.families import (
+    FAMILIES,
+    UnsupportedModelError,
+    freeze_vision,
+    require_supported,
+    visual_token_ids,
+)
 from sparsity_forcing.models.load import load
 from sparsity_forcing.models.prompts import encode_prompts
 
@@ -34,6 +41,21 @@ def test_a_saved_model_is_loaded_with_the_real_classes(family, tmp_path, image):
     assert two == 2 * one > 0
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, saved(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_vision_leaves_exactly_the_weights_that_learn_from_encoded_images(family, image):
+    model, processor = build_family(family)
+    freeze_vision(model)
+    inputs = encode_prompts(processor, ["which digit is red?"], [[image]])
+    media = {name: value for name, value in inputs.items() if "pixel" in name or "image" in name}
+    rest = {name: value for name, value in inputs.items() if name not in media}
+    model(**rest, **encode(model, media)).logits.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in learning if "language_model" not in name} <= {"lm_head.weight"}
+    assert any("language_model" in name for name in learning)
 
 
 @pytest.mark.parametrize(

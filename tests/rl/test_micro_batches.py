@@ -10,7 +10,6 @@ from scenes import assert_same
 import sparsity_forcing.rl.update as update_module
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.data.schema import Row
-from sparsity_forcing.models.families import vision_tower
 from sparsity_forcing.params import SparsityParams
 
 TEXT = Row("text", "train", "say", "how many digits are red?", "4", [])
@@ -83,7 +82,7 @@ def test_a_frozen_tower_sees_an_image_once_a_step(tmp_path, prefill, changes):
     seen = []
     for model in (trainer.model, trainer.reference):
         look = lambda tower, inputs, named, found: seen.append(len(named["grid_thw"]))  # noqa: E731
-        vision_tower(model).register_forward_hook(look, with_kwargs=True)
+        model.model.visual.register_forward_hook(look, with_kwargs=True)
     with decoder_attention(trainer.model), decoder_attention(trainer.reference):
         trainer.learn(MIXED)
     assert sum(seen) == images == 4

@@ -135,7 +135,7 @@ def test_when_one_process_fails_is_stopped_or_dies_the_other_ends_and_the_run_go
     (prepared / "params.yaml").write_text(yaml.safe_dump(params))
     arguments = ("-m", "sparsity_forcing", "train", "--root", str(prepared))
 
-    code, output = finished(launch(*arguments, FAILING_RANK="1"), TOGETHER + 60)
+    code, output = finished(launch(*arguments, FAILING_RANK="1"))
     assert code != 0
     assert "no score for this answer" in output
     assert "train.reward.correct in params.yaml names it" in output

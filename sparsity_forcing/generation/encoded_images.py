@@ -13,14 +13,20 @@ READ = ("pooler_output", "deepstack_features")  # what models read of it
 
 @torch.no_grad()
 def encode(model, media: dict) -> dict:
-    """Replaces pixels by image features where the family takes them."""
+    """Replaces pixels by image features, where the model's class takes them; those of older transformers do not."""
     if "pixel_values" not in media or FEATURES not in inspect.signature(model.forward).parameters:
         return media
-    accepted = inspect.signature(model.get_image_features).parameters
-    found = model.get_image_features(**{name: value for name, value in media.items() if name in accepted})
-    features = type(found)(**{name: found[name] for name in READ if found.get(name) is not None})
+    accepted = inspect.signature(model.model.get_image_features).parameters
+    found = model.model.get_image_features(**{name: value for name, value in media.items() if name in accepted})
+    read = {name: getattr(found, name, None) for name in READ}
+    features = type(found)(**{name: value for name, value in read.items() if value is not None})
     rest = {name: value for name, value in media.items() if name not in accepted}
     return {**rest, FEATURES: {"image": features}}
+
+
+def are_encoded(media: dict) -> bool:
+    """Whether nothing is left to encode."""
+    return set(media) <= {FEATURES}
 
 
 def take(media: dict, visual_tokens: Tensor, queries: Tensor) -> dict:
@@ -34,11 +40,9 @@ def take(media: dict, visual_tokens: Tensor, queries: Tensor) -> dict:
     Raises:
         ValueError: the images are not encoded.
     """
-    if not media:
-        return {}
-    if set(media) != {FEATURES}:
+    if not are_encoded(media):
         raise ValueError(f"only encoded images can be divided over prompts, got {', '.join(sorted(media))}")
-    if not int(visual_tokens[queries].sum()):
+    if not media or not int(visual_tokens[queries].sum()):
         return {}
     features = media[FEATURES]["image"]
 
