@@ -69,10 +69,6 @@ def test_the_gpu_preset_has_long_prompts_and_a_model_to_match():
         ({"train": {"learning_rate": float("inf")}}, ["train.learning_rate", "finite", "inf"]),
         ({"train": {"steps": "many"}}, ["train.steps", "integer", "'many'"]),
         ({"train": {"num_generations": 3}}, ["train", "num_generations (3)", "multiple"]),
-        (
-            {"train": {"selection_policy": {"sigma": 0, "final_sigma": 0.1}}},
-            ["train.selection_policy", "final_sigma (0.1) needs sigma above 0"],
-        ),
         ({"evaluate": {"budgets": [0.5]}}, ["evaluate.budgets", "sparsity.p = 0.975"]),
         ({"data": {"source": "chat_jsonl"}}, ["data", "user.path"]),
         (

@@ -123,15 +123,15 @@ def _plain(value: object) -> object:
 
 
 def shares(groups: Collection[Sequence[T]], workers: int) -> list[Sequence[T]]:
-    """Every group, dealt out to its workers: an even part of all, the first groups one more, none without items."""
-    found = []
-    for index, group in enumerate(groups):
-        own = min(len(group), max(1, workers // len(groups) + (index < workers % len(groups))))
-        found += [group[place::own] for place in range(own)]
-    return found
+    """Every group, dealt out to its workers: one each, and every further one where a worker has most."""
+    parts = [1] * len(groups)
+    while sum(parts) < min(workers, sum(map(len, groups))):
+        each = [len(group) / own for group, own in zip(groups, parts, strict=True)]
+        parts[each.index(max(each))] += 1
+    return [group[place::own] for group, own in zip(groups, parts, strict=True) for place in range(own)]
 
 
-def device_of(place: int, device: str) -> str:
+def device_at(place: int, device: str) -> str:
     """Where the process at ``place`` computes: in turn on every GPU, if ``device`` leaves open on which."""
     count = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     return f"cuda:{place % count}" if count > 1 else device
@@ -149,7 +149,7 @@ def _evaluate_share(
     os.environ["TQDM_DELAY"] = "1e9"  # no bars of lmms-eval's own: those of several processes would mix
     from sparsity_forcing.models.load import load
 
-    device = device_of(place, benchmark.device)
+    device = device_at(place, benchmark.device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     model, processor = load(share[0][0].directory, dtype=benchmark.dtype, device=device)

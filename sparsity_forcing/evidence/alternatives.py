@@ -137,7 +137,7 @@ class Preferences(Trainer):
 def require_one_pass(config: TrainParams, accelerator: Accelerator) -> None:
     """Raises TrainingError where the parameters ask for more than one pass a step, or where the weights are sharded."""
     if is_sharded(accelerator):
-        raise TrainingError("an alternative trains whole weights; start it without presets/accelerate/fsdp.yaml")
+        raise TrainingError("an alternative trains whole weights; start it without a configuration that shards")
     if config.num_iterations != 1 or config.rollout_prompts is not None:
         raise TrainingError(
             "an alternative takes one pass a step: set train.num_iterations to 1 and leave train.rollout_prompts out, "

@@ -66,7 +66,6 @@ def _seeds(arm: Arm) -> list[Arm]:
 ANY_BUDGET = (0.5, 0.6, 0.7, 0.8, 0.9)
 HEADLINES = {"default": 4, "prefill_sparse": 3, "prefill_dense": 3}
 SEEDS = {name: (name, *(f"{name}_seed_{seed}" for seed in range(1, count))) for name, count in HEADLINES.items()}
-STILL = {"sigma": 0.0, "final_sigma": None}
 SFT = {"prompts_per_step": 32, "beta": 0.0}
 ARMS = {
     arm.name: arm
@@ -75,7 +74,7 @@ ARMS = {
         Arm(
             "literal",
             "the paper's objective as written: token log-probabilities alone, plain group advantages",
-            {"selection_policy": STILL, "center_by_budget": False, "reward": {"target_ratio": None}},
+            {"selection_policy": {"sigma": 0.0}, "center_by_budget": False, "reward": {"target_ratio": None}},
         ),
         Arm("no_efficiency", "is it the efficiency reward, or sampling alone?", {"reward": {"weight_efficiency": 0.0}}),
         Arm("shuffled", "every rollout is paid for a cost drawn from the whole step", {"reward": {"shuffle": True}}),
@@ -131,7 +130,7 @@ ARMS = {
         Arm(
             "dpo",
             "DPO on rollouts: the right answer that keeps fewest over the rest of its group",
-            {"selection_policy": STILL},
+            {"selection_policy": {"sigma": 0.0}},
             objective="dpo",
         ),
         *_seeds(Arm("prefill_sparse", "sparse prefill in training and deployment", sparsity={"prefill": "sparse"})),

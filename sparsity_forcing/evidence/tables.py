@@ -46,13 +46,13 @@ WAYS = {
 
 
 def arms_table(results: dict[str, dict], p: str) -> Table | Missing:
-    """Every experiment at the deployed budget, beside the untrained base: its policy on the test questions, and where
+    """Every experiment at the deployed budget, beside the base: its policy on the test questions, and where
     its training began and ended on the validation questions."""
     if "base" not in results:
         return Missing("Experiments", NOT_RUN)
     base = results["base"]["test"]
     dense = base[str(DENSE)]
-    rows = [["base", "untrained", *_at(base[p], dense), "–", "–", "–"]]
+    rows = [["base", "what every training starts from", *_at(base[p], dense), "–", "–", "–"]]
     for name, arm in ARMS.items():
         if name not in results:
             rows.append([name, arm.question, fmt.NOT_MEASURED, *[""] * 5])

@@ -11,10 +11,15 @@ FEATURES = "mm_encoder_outputs"  # transformers' name of what is encoded already
 READ = ("pooler_output", "deepstack_features")  # what models read of it
 
 
+def takes_encoded(model) -> bool:
+    """Whether the model's class takes encoded images; those of older transformers do not."""
+    return FEATURES in inspect.signature(model.forward).parameters
+
+
 @torch.no_grad()
 def encode(model, media: dict) -> dict:
-    """Replaces pixels by image features, where the model's class takes them; those of older transformers do not."""
-    if "pixel_values" not in media or FEATURES not in inspect.signature(model.forward).parameters:
+    """Replaces pixels by image features, where the model takes them: beside a video's pixels it does not."""
+    if "pixel_values" not in media or "pixel_values_videos" in media or not takes_encoded(model):
         return media
     accepted = inspect.signature(model.model.get_image_features).parameters
     found = model.model.get_image_features(**{name: value for name, value in media.items() if name in accepted})

@@ -48,7 +48,7 @@ class RewardParams(Section):
 
 
 class SelectionPolicyParams(Section):
-    """The stochastic selection term, an addition to the paper; ``sigma`` 0 leaves it out.
+    """The stochastic selection term, an addition to the paper; ``sigma`` 0 leaves it out, whatever the others are.
 
     ``final_sigma``: σ goes in a line from ``sigma`` in the first step to this in the last; null: it stays.
 
@@ -62,12 +62,6 @@ class SelectionPolicyParams(Section):
     weight: NonNegativeFloat = 0.01
     credit: Literal["layer", "layer_by_share", "joint"] = "layer"
     final_sigma: PositiveFloat | None = None
-
-    @model_validator(mode="after")
-    def _has_a_scale_throughout(self) -> Self:
-        if self.final_sigma is not None and not self.sigma:
-            raise ValueError(f"final_sigma ({self.final_sigma}) needs sigma above 0; leave it out with sigma 0")
-        return self
 
 
 class LoraParams(Section):
@@ -94,8 +88,8 @@ class TrainParams(Section):
 
     Memory, without a change of the objective: ``micro_batch_prompts`` prompts share a backward pass and
     ``rollout_prompts`` a rollout (null: all of a process; noise is drawn for the prompts that are rolled out together);
-    a frozen vision tower (``freeze_vision``; its projector too) encodes an image once for all passes of a step, one
-    that learns in every pass;
+    a frozen vision tower (``freeze_vision``; its projector too) encodes an image once for all passes of a step (in
+    every pass where the model's class takes pixels alone), one that learns in every pass;
     ``logits_chunk`` tokens have their logits at a time (null: all); ``gradient_checkpointing`` computes the decoder's
     activations again in the backward pass; ``lora`` trains adapters.
 

@@ -79,7 +79,7 @@ def limits_section(params: Params) -> Section:
         "length; the section on decode time states what was measured.",
     ]
     policy = params.train.selection_policy
-    if policy.sigma > 0:
+    if policy.sigma:
         scale = f"{policy.sigma:g}" if policy.final_sigma is None else f"{policy.sigma:g} to {policy.final_sigma:g}"
         notes.append(
             "Rollouts choose tokens at random around the rule (Gaussian noise on the log attention mass, "

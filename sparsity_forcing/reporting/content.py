@@ -109,7 +109,7 @@ def headline_text(found: Headline) -> str:
 def perspective_text(table: BenchmarkTable, loss: float = 0.01) -> str:
     """What training is worth: the sparsest rows of base and policy that keep the accuracy, under any rule measured."""
     described = []
-    for checkpoint, name in (("base", "the untrained base"), ("policy", "the policy")):
+    for checkpoint, name in (("base", "the base"), ("policy", "the policy")):
         row = table.sparsest(checkpoint, loss)
         rule = "dense" if row.method == Full.name else f"{row.method} at p = {row.p:g}"
         described.append(f"{name} with {rule} ({fmt.percent(kept_share(row))} kept, {fmt.percent(row.accuracy)} right)")

@@ -19,7 +19,7 @@ COLOURS, MARKERS = (BASE, POLICY, VIOLET), ("o", "s", "^")
 
 
 def profile_section(inputs: Inputs) -> Section:
-    """τ and accuracy of the untrained base against p, prompt length, scoring rows and layer."""
+    """τ and accuracy of the base against p, prompt length, scoring rows and layer."""
     profile = inputs.metrics.get("profile")
     if profile is None:
         return Section("profile", TITLE, [Missing(TITLE, inputs.missing["metrics/profile.json"])])

@@ -64,7 +64,7 @@ def decode_text(lengths: Iterable[dict]) -> str:
             f"(quartiles {time['low']:.2f}–{time['high']:.2f}) and {fmt.percent(arm['cache_ratio'], 0)} of its cache, "
             f"the first token {arm['prefill_ratio']['median']:.2f} times"
         )
-    together = ", ".join(sorted({str(length["batch"]) for length in lengths}))
+    together = ", ".join(map(str, sorted({length["batch"] for length in lengths})))
     return (
         f"A decode step of the trained model takes {'; '.join(said)}. Prompts at a time: {together}. A layer's cache "
         "is as wide as that of the prompt which keeps most: of several, the share of bytes is above that of tokens."

@@ -20,7 +20,7 @@ def layer_checkpoints(model, on: bool = True) -> Iterator[None]:
 
     The backward pass may run after the block.
     """
-    layers = [module for module in model.modules() if _is_decoder_layer(module)] if on else []
+    layers = decoder_layers(model) if on else []
     for layer in layers:
         layer.forward = partial(_forward, layer.forward, layer.self_attn.layer_idx)
     try:
@@ -30,8 +30,9 @@ def layer_checkpoints(model, on: bool = True) -> Iterator[None]:
             del layer.forward
 
 
-def _is_decoder_layer(module: nn.Module) -> bool:
-    return hasattr(getattr(module, "self_attn", None), "layer_idx")
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that have a place in the cache; those of a vision tower have none."""
+    return [module for module in model.modules() if hasattr(getattr(module, "self_attn", None), "layer_idx")]
 
 
 def _forward(layer_forward, index: int, hidden_states, *args, past_key_values=None, **kwargs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,11 +49,10 @@ class Part:
 def some_rollouts(rollouts: Rollouts, some: slice) -> Rollouts:
     """The rollouts of a slice of rows."""
 
-    def taken(name: str, value: Tensor | dict[int, Tensor] | float) -> Tensor | dict[int, Tensor] | float:
-        if isinstance(value, float):
-            return value
+    def taken(name: str, value: Tensor | dict[int, Tensor]) -> Tensor | dict[int, Tensor]:
         if isinstance(value, dict):
             return {layer: of_layer[some] for layer, of_layer in value.items()}
         return value[:, some] if name in ("selection_logps", "layer_ratio", "layer_visual_ratio") else value[some]
 
-    return Rollouts(**{name: taken(name, value) for name, value in vars(rollouts).items()})
+    by_row = {name: value for name, value in vars(rollouts).items() if name != "sigma"}
+    return replace(rollouts, **{name: taken(name, value) for name, value in by_row.items()})

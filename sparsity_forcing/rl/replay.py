@@ -11,10 +11,11 @@ from transformers.cache_utils import Cache
 
 from sparsity_forcing.attention.context import SparseContext
 from sparsity_forcing.generation.forward import run_prefix, run_rest, token_logps
-from sparsity_forcing.generation.prompts import Prompts
+from sparsity_forcing.generation.prompts import Prompts, shares_prefix
 from sparsity_forcing.params import SparsityParams
 from sparsity_forcing.rl.layer_checkpoints import layer_checkpoints
 from sparsity_forcing.rl.rollout import Rollouts
+from sparsity_forcing.rl.sharding import uncounted_prefix
 
 
 class Replay(nn.Module):
@@ -25,6 +26,7 @@ class Replay(nn.Module):
         logits_chunk: tokens whose logits exist at a time; all at once where None.
         gradient_checkpointing: compute the decoder's activations again in the backward pass.
         attention_dtype: of attention among kept tokens, that of the rollouts; the model's where None.
+        prefix_always: run a prefix in batches without images too, so that all processes run every layer as often.
     """
 
     def __init__(
@@ -36,12 +38,13 @@ class Replay(nn.Module):
         logits_chunk: int | None = None,
         gradient_checkpointing: bool = False,
         attention_dtype: torch.dtype | None = None,
+        prefix_always: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.settings, self.temperature, self.suppressed = settings, temperature, suppressed
         self.logits_chunk, self.gradient_checkpointing = logits_chunk, gradient_checkpointing
-        self.attention_dtype = attention_dtype
+        self.attention_dtype, self.prefix_always = attention_dtype, prefix_always
 
     def forward(self, prompts: Prompts, rollouts: Rollouts, group: int) -> tuple[Tensor, Tensor]:
         """(rows, tokens) log-probabilities and (layers, rows) log-density of the sampled selection, with gradient.
@@ -61,6 +64,8 @@ class Replay(nn.Module):
                 attention_dtype=self.attention_dtype,
             )
             logps = self._logps(self.model, prompts, rollouts, group, cache, context)
+            if self.prefix_always and shares_prefix(self.settings) and not prompts.prefix:
+                logps = logps + uncounted_prefix(self.model, prompts.input_ids[:1, -1:])
         return logps, context.stacked_selection_logps()
 
     @torch.no_grad()

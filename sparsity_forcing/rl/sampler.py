@@ -8,7 +8,7 @@ import torch
 
 from sparsity_forcing.attention.context import SparseContext
 from sparsity_forcing.data.schema import Row
-from sparsity_forcing.generation.encoded_images import are_encoded
+from sparsity_forcing.generation.encoded_images import takes_encoded
 from sparsity_forcing.generation.prompts import Prompts, build_prompts, shares_prefix
 from sparsity_forcing.models.families import visual_token_ids
 from sparsity_forcing.models.prompts import encode_prompts
@@ -19,7 +19,7 @@ from sparsity_forcing.rl.rollout import Rollouts, Sampling, roll_out
 
 def sigma_of_step(policy: SelectionPolicyParams, step: int, steps: int) -> float:
     """The scale of the selection policy in step ``step`` (from 0) of ``steps``."""
-    if policy.final_sigma is None or steps == 1:
+    if policy.final_sigma is None or policy.sigma == 0 or steps == 1:
         return policy.sigma
     return policy.sigma + (policy.final_sigma - policy.sigma) * step / (steps - 1)
 
@@ -69,12 +69,10 @@ class Sampler:
 
     def prompts(self, rows: Sequence[Row], copies: int = 1) -> Prompts:
         """Every row's prompt ``copies`` times in a row. A frozen vision tower sees an image once."""
-        once = self._built(rows)
-        if copies == 1:
-            return once
-        if not are_encoded(once.media):
+        if copies == 1 or not (self.config.freeze_vision and takes_encoded(self.model)):
             return self._built([row for row in rows for _ in range(copies)])
-        return once.take(torch.arange(len(rows), device=self.model.device).repeat_interleave(copies))
+        each = torch.arange(len(rows), device=self.model.device).repeat_interleave(copies)
+        return self._built(rows).take(each)
 
     def _built(self, rows: Sequence[Row]) -> Prompts:
         inputs = encode_prompts(self.processor, [row.question for row in rows], [row.images for row in rows])

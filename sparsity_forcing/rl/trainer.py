@@ -44,7 +44,7 @@ from sparsity_forcing.rl.parts import Part
 from sparsity_forcing.rl.replay import Replay
 from sparsity_forcing.rl.requirements import arithmetic, cautions, prompts_together, require_trainable
 from sparsity_forcing.rl.sampler import Sampler
-from sparsity_forcing.rl.sharding import gather, is_sharded, learner_of, reduce_unused
+from sparsity_forcing.rl.sharding import by_layer, gather, is_sharded, learner_of, reduce_unused
 from sparsity_forcing.rl.stopping import StoppedError, StopSignal
 from sparsity_forcing.rl.update import MicroBatch, Updater
 from sparsity_forcing.rl.validation import validate
@@ -110,6 +110,7 @@ class Trainer:
             config.logits_chunk,
             config.gradient_checkpointing,
             self.sampler.attention_dtype,
+            prefix_always=is_sharded(self.accelerator) and by_layer(self.accelerator),
         )
         replay, optimizer = self.accelerator.prepare(self.passes, self.optimizer)
         if is_sharded(self.accelerator) and not config.freeze_vision:

@@ -18,7 +18,7 @@ import yaml
 from imported_code import ROOT, imported_modules, module_file
 
 from sparsity_forcing.data.schema import Row, write_rows
-from sparsity_forcing.evaluation.runner import CODE, device_of, shares
+from sparsity_forcing.evaluation.runner import CODE, device_at, shares
 from sparsity_forcing.evaluation.samples import read_samples
 from sparsity_forcing.evaluation.table import load_table
 from sparsity_forcing.evaluation.workers import WorkerError
@@ -136,6 +136,7 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(done, fill, params, t
         (1, ["abcde", "fg"]),
         (2, ["abcde", "fg"]),
         (3, ["ace", "bd", "fg"]),
+        (4, ["ad", "be", "c", "fg"]),
         (5, ["ad", "be", "c", "f", "g"]),
         (9, ["a", "b", "c", "d", "e", "f", "g"]),
     ],
@@ -151,7 +152,7 @@ def test_the_rows_of_a_checkpoint_are_dealt_out_to_the_workers(workers, expected
 )
 def test_processes_take_turns_on_the_gpus(monkeypatch, device, count, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert device_of(4, device) == expected
+    assert device_at(4, device) == expected
 
 
 @pytest.mark.slow

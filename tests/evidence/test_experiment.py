@@ -411,11 +411,3 @@ def test_every_arm_changes_something_and_keeps_the_number_of_rollouts():
         assert (changed != params) == (name not in ("default", "hard", "undistorted"))
         if arm.objective in ("grpo", "dpo"):
             assert changed.train.prompts_per_step * changed.train.num_generations == 64
-
-
-def test_every_arm_goes_with_a_scale_that_falls():
-    train = {"selection_policy": {"sigma": 0.5, "final_sigma": 0.1}}
-    params = Arm("own", "", train).params(load_params(ROOT / "params.yaml"))
-    for name, arm in ARMS.items():
-        policy = arm.params(params).train.selection_policy
-        assert policy.final_sigma == (0.1 if policy.sigma else None), name

@@ -43,7 +43,7 @@ def test_every_row_is_a_line_with_its_numbers():
     assert "| base | dense | – | 93.0% (91.0–95.0) | 100.0% | 100.0% |" in block
     assert "| policy | top-p | 0.975 | 92.0% (90.0–94.0) | 31.0% | 31.0% |" in block
     assert "10 steps of 64 rollouts in 1 min 5 s" in block
-    base, policy = "the untrained base with dense (100.0% kept", "the policy with top-p at p = 0.975 (31.0% kept"
+    base, policy = "the base with dense (100.0% kept", "the policy with top-p at p = 0.975 (31.0% kept"
     assert "takes at 64 visual tokens 1.25 times the dense one's time (quartiles 1.10–1.50) and 54% of its" in block
     assert "of its cache, the first token 1.80 times; at 1,024 visual tokens" in block
     assert "the first token 1.80 times. Prompts at a time: 4. A layer's cache is as wide as that" in block

@@ -11,7 +11,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
+from sparsity_forcing.rl.layer_checkpoints import decoder_layers
 from sparsity_forcing.rl.sharding import launched_sharded
 from sparsity_forcing.torchvision_ops import declare_missing_ops
 
@@ -41,9 +43,24 @@ def train(directory: Path, scene: str, steps: int = 4) -> tuple[dict, dict]:
     if scene == "text alone":
         asked = [row if place == 0 else replace(row, images=[]) for place, row in enumerate(asked)]
     trainer = trainer_of(directory / "checkpoints", recorder, train=asked, **config)
+    whole = whole_layers(trainer.learner)
     history = trainer.train()
     reported = [row["step"] for row in recorder.steps]
-    return trainer.model.state_dict(), {"history": history, "reported": reported, "tables": len(recorder.tables)}
+    found = {"history": history, "reported": reported, "tables": len(recorder.tables)}
+    return trainer.model.state_dict(), found | {"whole_layers": sorted(whole)}
+
+
+def whole_layers(learner) -> set[int]:
+    """Of how many decoder layers the weights are whole when one of them runs; filled while the learner does."""
+    layers, counts = decoder_layers(learner), set()
+
+    def count(*_) -> None:
+        divided = [any(isinstance(parameter, DTensor) for parameter in layer.parameters()) for layer in layers]
+        counts.add(divided.count(False))
+
+    for layer in layers:
+        layer.register_forward_pre_hook(count)
+    return counts
 
 
 def shard_on_the_cpu() -> None:

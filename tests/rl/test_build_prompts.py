@@ -9,6 +9,7 @@ from tiny_prompts import TEXT_ONLY, encode, extend, mixed_questions, sharp_model
 
 from sparsity_forcing.attention.api import decoder_attention
 from sparsity_forcing.generation.forward import run_prefix, run_rest
+from sparsity_forcing.generation.prompts import build_prompts
 from sparsity_forcing.models.families import FAMILIES, visual_token_ids
 from sparsity_forcing.params import SparsityParams
 from sparsity_forcing.selection import PromptLayout
@@ -104,6 +105,27 @@ def test_taken_prompts_are_those_prompts_with_their_images(family, chosen):
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)  # rotary angles are float32
         assert torch.equal(taken.layout.seeds, built.layout.seeds)
         assert torch.equal(taken.next_position, built.next_position)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_an_image_beside_a_video_is_left_to_the_passes(family):
+    """The second of two images as a video of one frame, which has the same patches."""
+    model, processor = sharp_model(family)
+    (question,) = (question for question in mixed_questions() if len(question[1]) == 2)
+    inputs = encode(processor, [question])
+    ids, kinds, first = inputs["input_ids"][0], inputs["mm_token_type_ids"][0], int(inputs["image_grid_thw"][0].prod())
+    second = ((ids == model.config.image_token_id).cumsum(0) > first // 4) & (ids == model.config.image_token_id)
+    ids[second], kinds[second] = model.config.video_token_id, 2
+    for name, cut in (("pixel_values", first), ("image_grid_thw", 1)):
+        video = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}[name]
+        inputs[name], inputs[video] = inputs[name][:cut], inputs[name][cut:]
+    with torch.no_grad():
+        plain = model(**inputs).logits[:, -1]
+        with decoder_attention(model):
+            prompts = build_prompts(model, dict(inputs), SUFFIX)
+            found = run_rest(model, prompts, 1, run_prefix(model, prompts, 1), None, None, None, keep=1)[:, 0]
+    assert prompts.prefix > 0
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
 
 
 def test_pixels_are_not_divided_over_prompts(policy):

@@ -24,6 +24,7 @@ from sparsity_forcing.rl.batches import share_of
 
 ROOT = Path(__file__).parents[2]
 TOGETHER = 40  # seconds in which all processes end after one
+SHARDED = ("fsdp-zero2", "fsdp-zero3")
 CONFIGURATIONS = sorted((ROOT / "presets/accelerate").glob("*.yaml"))
 
 
@@ -54,7 +55,7 @@ def finished(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_every_configuration_is_one_that_accelerate_reads(path):
     config = load_config_from_file(str(path))
-    assert config.distributed_type == ("FSDP" if path.stem == "fsdp" else "MULTI_GPU")
+    assert config.distributed_type == ("FSDP" if path.stem in SHARDED else "MULTI_GPU")
     assert config.num_processes >= 2
     assert set(yaml.safe_load(path.read_text())) <= set(vars(config)) | {"use_cpu"}
 
@@ -67,7 +68,7 @@ def test_every_row_is_in_one_share(rows):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.fixture(scope="module", params=["cpu-2proc", "fsdp"])
+@pytest.fixture(scope="module", params=["cpu-2proc", *SHARDED])
 def trained_by_two(request, tmp_path_factory) -> Path:
     """A directory per scene with the weights and the history of both processes, whole or sharded weights in each."""
     directory = tmp_path_factory.mktemp("two")
@@ -75,8 +76,15 @@ def trained_by_two(request, tmp_path_factory) -> Path:
     code, output = finished(launch(worker, str(directory), configuration=request.param))
     assert code == 0, output
     sharded = list(directory.glob("adapters/checkpoints/*/step-*/pytorch_model_fsdp_0/__*_0.distcp"))
-    assert {path.name for path in sharded} == ({"__0_0.distcp", "__1_0.distcp"} if request.param == "fsdp" else set())
+    assert {path.name for path in sharded} == ({"__0_0.distcp", "__1_0.distcp"} if request.param in SHARDED else set())
     return directory
+
+
+@pytest.mark.slow
+def test_zero3_alone_gathers_weights_layer_by_layer(trained_by_two, request):
+    found = [json.loads((trained_by_two / scene / "rank-1.json").read_text()) for scene in SCENES]
+    by_layer = request.node.callspec.params["trained_by_two"] == "fsdp-zero3"
+    assert [scene["whole_layers"] for scene in found] == [[1] if by_layer else [2]] * len(SCENES)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from sparsity_forcing.rl.errors import TrainingError
 from sparsity_forcing.rl.sharding import learner_of, reduce_unused, require_shardable
 
 GOOD = {"fsdp_version": 2, "auto_wrap_policy": "no_wrap", "cpu_ram_efficient_loading": False}
+LAYERS = {"auto_wrap_policy": "transformer_based_wrap"}
 
 
 def launched(precision: str = "no", **changes) -> SimpleNamespace:
@@ -24,19 +25,27 @@ def launched(precision: str = "no", **changes) -> SimpleNamespace:
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"fsdp_version": 1}, "shards with fsdp_version: 2, as"),
+        ({"fsdp_version": 1}, "shards with fsdp_version: 2, as .*fsdp-zero2.yaml"),
         ({"cpu_ram_efficient_loading": True}, "shards with fsdp_cpu_ram_efficient_loading: false, as"),
         (
             {"activation_checkpointing": True, "precision": "bf16"},
             'shards with fsdp_activation_checkpointing: false, mixed_precision: "no", as',
         ),
-        ({"auto_wrap_policy": "transformer_based_wrap"}, "shards with fsdp_auto_wrap_policy: NO_WRAP, as"),
+        (
+            {"auto_wrap_policy": "size_based_wrap"},
+            "shards with fsdp_auto_wrap_policy: NO_WRAP or TRANSFORMER_BASED_WRAP",
+        ),
+        (
+            LAYERS | {"reshard_after_forward": False},
+            "shards with fsdp_reshard_after_forward: true, as .*fsdp-zero3.yaml",
+        ),
         ({"activation_checkpointing": True}, "shards with fsdp_activation_checkpointing: false, as"),
         ({"precision": "bf16"}, 'shards with mixed_precision: "no", as'),
     ],
 )
 def test_what_the_training_cannot_run_under_is_told_with_the_setting_that_it_can(changes, told):
     require_shardable(launched())
+    require_shardable(launched(**LAYERS))
     with pytest.raises(TrainingError, match=told):
         require_shardable(launched(**changes))
 
