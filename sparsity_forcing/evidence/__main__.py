@@ -43,7 +43,8 @@ def main(
     jobs: Annotated[int, typer.Option(min=1, help="Experiments at a time, one CPU thread each.")] = 2,
     only_summary: Annotated[bool, typer.Option(help="Run nothing; write the pages from what has run.")] = False,
     accept_code: Annotated[
-        bool, typer.Option(help="First count their results, for a training the base's too, of other code as current.")
+        bool,
+        typer.Option(help="Count the named results as current though the code changed; of a training the base's too."),
     ] = False,
 ) -> None:
     """Runs experiments and writes their summary."""

@@ -87,17 +87,16 @@ def speed(cpu: dict | None, gpu: dict | None, trl: dict | None = None) -> str:
                 low, high = ratio["range"]
                 lines.append(f"| {cells} | {arm} | {ratio['median']:.2f} × ({low:.2f}–{high:.2f}) |")
                 cells = "〃 | 〃"
-    made_on = [bench["manifest"] for bench in (cpu, gpu, trl) if bench is not None]
-    lines += ["", *dict.fromkeys(_made_on(manifest) for manifest in made_on)]
+    lines += ["", *(_made_on(name, bench["manifest"]) for bench, name, _ in sets if bench is not None)]
     if peak := trl and trl["cases"].get("training", {}).get("notes", {}).get("peak_memory_bytes"):
         of_engines = "; ".join(f"{engine} {of / 1e9:.2f} GB" for engine, of in peak.items())
         lines.append(f"Peak memory of a training process: {of_engines}.")
     return "\n".join(lines)
 
 
-def _made_on(manifest: dict) -> str:
+def _made_on(name: str, manifest: dict) -> str:
     versions = [f"{name} {manifest['versions'][name]}" for name in ("torch", "trl") if name in manifest["versions"]]
-    return f"Measured on {manifest['hardware']}, {', '.join(versions)}."
+    return f"`make bench-{name}` ran on {manifest['hardware']}, {', '.join(versions)}."
 
 
 def _setting(setting: dict) -> str:
