@@ -45,13 +45,20 @@ def main(
         raise typer.Exit(2 if isinstance(error, ValueError | FileNotFoundError) else 1) from None
 
 
+def common_rounding() -> dict[str, str]:
+    """Variables for torch: no wider instructions than AVX2 where there are these, as wider ones round otherwise."""
+    instructions = set((processor_field("flags") or "").split())
+    if not {"avx2", "fma"} <= instructions:  # torch does not ask whether they are there
+        return {}
+    return {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}
+
+
 def set_environment(params: Params, root: Path) -> None:
     """Defaults that must be the same whoever starts the stage; what the caller has set stays.
 
     One OpenMP thread: the same sums in the same order on every machine, and two threads on a busy two-core machine
-    were four times slower. For the model that is trained from scratch, no wider instructions than AVX2 where there are
-    these: a processor that uses wider ones rounds otherwise, and ends with another model. The model hub is asked only
-    when the model is on it.
+    were four times slower. The model that is trained from scratch is the same one on every machine (`common_rounding`).
+    The model hub is asked only when the model is on it.
     """
     defaults = {
         "OMP_NUM_THREADS": "1",
@@ -67,9 +74,8 @@ def set_environment(params: Params, root: Path) -> None:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
-    instructions = set((processor_field("flags") or "").split())
-    if params.model.name == "scratch" and {"avx2", "fma"} <= instructions:  # torch does not ask whether they are there
-        defaults |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}
+    if params.model.name == "scratch":
+        defaults |= common_rounding()
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

@@ -11,10 +11,13 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
+from sparsity_forcing.__main__ import common_rounding
 from sparsity_forcing.torchvision_ops import declare_missing_ops
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run on the CPU then
     os.environ["TRITON_INTERPRET"] = "1"
+for name, value in common_rounding().items():  # before torch computes anything: tests round as the stages' processes do
+    os.environ.setdefault(name, value)
 declare_missing_ops()  # tests import transformers' classes directly, some of which need torchvision
 # The same examples on every run, and no time limit for a busy machine to miss.
 settings.register_profile("tests", max_examples=50, deadline=None, derandomize=True)

@@ -86,11 +86,8 @@ def learner_of(model, accelerator: Accelerator):
         for parameter in trained:
             parameter.data = parameter.data.float()
     plugin = accelerator.state.fsdp_plugin  # one for the process
-    plugin.ignored_modules = [
-        module
-        for module in learner.modules()
-        if (own := list(module.parameters(recurse=False))) and all(id(parameter) in frozen for parameter in own)
-    ]
+    # A module of their own: of one that is named, accelerate leaves out what is inside too, trained or not.
+    plugin.ignored_modules = [nn.ParameterList(frozen.values())]
     plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if rounded else None,
         reduce_dtype=torch.float32 if rounded else None,

@@ -46,9 +46,16 @@ class Recorder:
 
 
 def trainer_of(
-    directory: Path, recorder=None, train=None, sparsity=SPARSITY, identity="abc", dtype=torch.float32, **changes
+    directory: Path,
+    recorder=None,
+    train=None,
+    sparsity=SPARSITY,
+    identity="abc",
+    family="qwen2_5_vl",
+    dtype=torch.float32,
+    **changes,
 ) -> Trainer:
-    model, processor = sharp_model(dtype=dtype)
+    model, processor = sharp_model(family, dtype=dtype)
     config = TrainParams(**{**CONFIG, **changes})
     checkpoints = Checkpoints(directory, identity)
     train = rows("train", 6) if train is None else train

@@ -19,6 +19,7 @@ from process_worker import SCENES, train
 from runs import timeless, trainer_of
 from safetensors.torch import load_file
 from test_train_stage import STEPS, newest, prepared  # noqa: F401  (a fixture)
+from tiny_prompts import sharp_model
 
 from sparsity_forcing.rl.batches import share_of
 
@@ -104,6 +105,8 @@ def test_processes_of_a_bfloat16_model_stay_together_and_learn(trained_by_two, t
 @pytest.mark.parametrize("scene", [scene for scene in SCENES if not scene.startswith("bfloat16")])
 def test_two_processes_end_with_the_weights_of_one(trained_by_two, tmp_path, scene):
     expected, alone = train(tmp_path, scene)
+    untrained = sharp_model(SCENES[scene].get("family", "qwen2_5_vl"))[0].state_dict()
+    assert any(not torch.equal(untrained[name], value) for name, value in expected.items())
     ranks = [load_file(trained_by_two / scene / f"rank-{rank}.safetensors") for rank in (0, 1)]
     for name, value in expected.items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name
