@@ -42,14 +42,15 @@ def train(directory: Path, scene: str, steps: int = 4) -> tuple[dict, dict]:
     recorder = Recorder()
     config = CONFIG | SCENES[scene] | {"steps": steps}
     asked = rows("train", 6)
-    if scene.startswith("text alone"):  # half of the rows have no image: so some parts of a step have none
+    if scene.startswith("text alone"):  # some parts of a step have no image where those of the other process do
         asked = [row if place % 2 else replace(row, images=[]) for place, row in enumerate(asked)]
     trainer = trainer_of(directory / "checkpoints", recorder, train=asked, **config)
-    whole = whole_layers(trainer.learner)
+    whole, images = whole_layers(trainer.learner), []
+    trainer.passes.register_forward_pre_hook(lambda _, given: images.append(given[0].prefix > 0))
     history = trainer.train()
     reported = [row["step"] for row in recorder.steps]
     found = {"history": history, "reported": reported, "tables": len(recorder.tables)}
-    return trainer.model.state_dict(), found | {"whole_layers": sorted(whole)}
+    return trainer.model.state_dict(), found | {"whole_layers": sorted(whole), "images": images}
 
 
 def whole_layers(learner) -> set[int]:

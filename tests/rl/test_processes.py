@@ -113,6 +113,7 @@ def test_two_processes_end_with_the_weights_of_one(trained_by_two, tmp_path, sce
         torch.testing.assert_close(ranks[0][name], value, rtol=0, atol=1e-9)
 
     main, other = (json.loads((trained_by_two / scene / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert (main["images"] != other["images"]) == scene.startswith("text alone")  # it is what these scenes are for
     assert (main["reported"], other["reported"]) == ([1, 2, 3, 4], [])
     assert (main["tables"], other["tables"]) == (1 if scene == "resumed" else alone["tables"], 0)
     assert timeless(main["history"]) == timeless(other["history"])  # of all ranks, not of one
