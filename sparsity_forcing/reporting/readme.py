@@ -95,8 +95,9 @@ def speed(cpu: dict | None, gpu: dict | None, trl: dict | None = None) -> str:
 
 
 def _made_on(name: str, manifest: dict) -> str:
-    versions = [f"{name} {manifest['versions'][name]}" for name in ("torch", "trl") if name in manifest["versions"]]
-    return f"`make bench-{name}` ran on {manifest['hardware']}, {', '.join(versions)}."
+    versions = manifest["versions"]
+    used = [f"{package} {versions[package]}" for package in ("torch", "trl") if package in versions]
+    return f"`make bench-{name}` ran on {manifest['hardware']}, {', '.join(used)}."
 
 
 def _setting(setting: dict) -> str:
